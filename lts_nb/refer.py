@@ -7,15 +7,15 @@ __all__ = ['SPLIT_FILES', 'SPLIT_ORDER', 'COCO_FOLDERS', 'PUBLISHED_COUNTS', 'Se
            'load_restricted_pickle', 'decode_rle', 'decode_segmentation', 'Refer', 'read_image', 'write_refer',
            'dataset_statistics', 'partition_notes', 'check_dataset']
 
-# %% ../nbs/02_refer.ipynb #0075f10c
-import json, math, pickle
+# %% ../nbs/02_refer.ipynb #8bf6b661
+import json, pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import PIL.Image
 from pycocotools import mask as coco_mask
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .errors import KitError, atomic_path, unknown_name
 
 # %% ../nbs/02_refer.ipynb #96e485bf
@@ -123,13 +123,13 @@ def _annotation(a, where):
     extra = {k: v for k, v in a.items() if k not in _ANNOTATION_KEYS}
     return Annotation(*ids, segmentation, tuple(a.get('bbox') or ()), int(bool(a.get('iscrowd'))), extra)
 
-# %% ../nbs/02_refer.ipynb #b958c2a0
+# %% ../nbs/02_refer.ipynb #c96d9e08
 def _read_counts(
     counts,     # compressed RLE: str or bytes
     limit:int,  # pixels of the image; more lengths than this cannot be
 )->list:        # run lengths
     "Run lengths from COCO's compressed string, as `rleFrString` reads it, with bounds."
-    data = counts.encode('ascii', 'replace') if isinstance(counts, str) else bytes(counts)
+    data = counts.encode('utf-8', 'replace') if isinstance(counts, str) else bytes(counts)
     runs, i = [], 0
     while i < len(data):
         value, shift, more = 0, 0, True
@@ -160,12 +160,12 @@ def decode_rle(
     if sum(counts) != h*w: raise KitError(f'the RLE describes {sum(counts)} pixels, the image has {h*w}')
     return coco_mask.decode(coco_mask.frPyObjects({'size': [h, w], 'counts': counts}, h, w)).astype(bool)
 
-# %% ../nbs/02_refer.ipynb #74c8b897
+# %% ../nbs/02_refer.ipynb #ee963965
 def _check_polygon(polygon, h, w):
     "Raise `KitError` unless `polygon` is a flat list of three or more finite points that meet the image."
     if not isinstance(polygon, list) or len(polygon) % 2: raise KitError('a polygon must be a flat list x0, y0, x1, y1 …')
     if len(polygon) < 6: raise KitError(f'a polygon has {len(polygon)//2} points, fewer than three')
-    if not all(type(v) in (int, float) and math.isfinite(v) for v in polygon): raise KitError('a polygon has a coordinate that is no finite number')
+    if not all(type(v) in (int, float) and abs(v) < 1e9 for v in polygon): raise KitError('a polygon has a coordinate that is no finite number')
     xs, ys = polygon[::2], polygon[1::2]
     if max(xs) < 0 or max(ys) < 0 or min(xs) > w or min(ys) > h: raise KitError('a polygon lies wholly outside the image')
     if max(max(map(abs, xs)), max(map(abs, ys))) > 10*max(h, w): raise KitError('a polygon reaches far outside the image')
@@ -201,7 +201,7 @@ def _refs_path(root, dataset, by):
         if not p.exists(): raise KitError('a file is missing', p, _how_to_get(dataset, root))
     return path
 
-# %% ../nbs/02_refer.ipynb #60df3128
+# %% ../nbs/02_refer.ipynb #261b39b3
 def _read_instances(path):
     "`instances.json` as a dict with the three lists that we need."
     try: found = json.loads(path.read_text(encoding='utf-8'))
@@ -215,6 +215,14 @@ def _index(records, key, what, where):
     found = {getattr(r, key): r for r in records}
     if len(found) < len(records): raise KitError(f'{len(records) - len(found)} {what} ids occur twice', where)
     return found
+
+def _check_links(refer, path):
+    "Every ref's object and image must be there and belong together."
+    for r in refer.refs.values():
+        a = refer.annotations.get(r.ann_id)
+        if a is None or a.image_id != r.image_id or r.image_id not in refer.images:
+            raise KitError(f'ref {r.ref_id} names annotation {r.ann_id} of image {r.image_id}, which instances.json does not have',
+                           path, 'The two files are of different releases; fetch both again')
 
 # %% ../nbs/02_refer.ipynb #58accf68
 class Refer:
@@ -236,15 +244,6 @@ class Refer:
         if not isinstance(refs, list) or not refs: raise KitError('the file holds no list of refs', path, _how_to_get(dataset, root))
         self.refs = _index(sorted((_ref(r, path) for r in refs), key=lambda r: r.ref_id), 'ref_id', 'ref', path)
         _check_links(self, path)
-
-# %% ../nbs/02_refer.ipynb #c7e7ec0d
-def _check_links(refer, path):
-    "Every ref's object and image must be there and belong together."
-    for r in refer.refs.values():
-        a = refer.annotations.get(r.ann_id)
-        if a is None or a.image_id != r.image_id or r.image_id not in refer.images:
-            raise KitError(f'ref {r.ref_id} names annotation {r.ann_id} of image {r.image_id}, which instances.json does not have',
-                           path, 'The two files are of different releases; fetch both again')
 
 # %% ../nbs/02_refer.ipynb #6d268f97
 def _splits(self:Refer)->list:
@@ -373,7 +372,7 @@ def partition_notes(
                      'though it evaluates on the UNC one (refs(umd).p: 25,799 images, 95,010 sentences, 49,822 objects)')
     return notes
 
-# %% ../nbs/02_refer.ipynb #1f68c833
+# %% ../nbs/02_refer.ipynb #df592bbc
 def _faults(refer, ref, opened):
     "What is wrong with a ref; `opened` remembers the images that were looked at."
     found = [f'sentence {s.sent_id} (ref {ref.ref_id}) is empty' for s in ref.sentences if not s.sent.strip()]
@@ -392,9 +391,9 @@ def _overlaps(refer):
     if refer.by == 'google' or 'train' not in refer.splits(): return []
     images = {s: {r.image_id for r in refer.refs_of(s)} for s in refer.splits()}
     shared = {s: len(images['train'] & images[s]) for s in images if s != 'train'}
-    return [f'{n} images are in train and in {s}' for s, n in shared.items() if n]
+    return [f'train and {s} share {n} image' + 's'*(n > 1) for s, n in shared.items() if n]
 
-# %% ../nbs/02_refer.ipynb #0ee3d6e6
+# %% ../nbs/02_refer.ipynb #f738df14
 def check_dataset(
     refer:Refer, # an opened data set
 )->tuple:        # (DataFrame: statistics beside the published ones, list of problems: empty if sound)
@@ -408,6 +407,6 @@ def check_dataset(
     problems, opened = _overlaps(refer), set()
     ids = [s.sent_id for r in refer.refs.values() for s in r.sentences]
     if len(set(ids)) < len(ids): problems.append(f'{len(ids) - len(set(ids))} sent_ids occur twice')
-    for ref in tqdm(refer.refs.values(), desc=f'checking {refer.dataset}', leave=False, mininterval=1):
+    for ref in tqdm(refer.refs.values(), desc=f'checking {refer.dataset}', leave=False, disable=None):
         problems += _faults(refer, ref, opened)
     return table, problems
