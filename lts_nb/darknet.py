@@ -37,7 +37,7 @@ class Residual(nn.Module):
         self.block = nn.Sequential(conv_bn(c, mid, 1), conv_bn(mid, c, 3))
     def forward(self, x): return x + self.block(x)
 
-# %% ../nbs/07_darknet.ipynb #3a6f0076
+# %% ../nbs/07_darknet.ipynb #aa15f865
 class Darknet53(nn.Module):
     "Darknet-53 with YOLOv3's six neck convolutions (§3.1); `channels` = (d1, d2, d3)."
     def __init__(self,
@@ -48,14 +48,11 @@ class Darknet53(nn.Module):
         super().__init__()
         c = lambda n: max(8, int(round(n*width)))
         self.stem, self.stages = conv_bn(3, c(32), 3), nn.ModuleList()
-        for i, d in enumerate(depths):
-            n = 64 * 2**i
-            steps = [Residual(c(n), c(n//2)) for _ in range(d)]
-            self.stages.append(nn.Sequential(conv_bn(c(n//2), c(n), 3, stride=2), *steps))
+        for n, d in zip((64, 128, 256, 512, 1024), depths):
+            self.stages.append(nn.Sequential(conv_bn(c(n//2), c(n), 3, stride=2), *(Residual(c(n), c(n//2)) for _ in range(d))))
         step = lambda i: conv_bn(c(512), c(1024), 3) if i % 2 else conv_bn(c(1024), c(512), 1)
         self.neck = nn.Sequential(*map(step, range(6 if neck else 0)))
         self.width, self.depths, self.channels = width, tuple(depths), (c(1024), c(512), c(256))
-
     def forward(self, image):  # (B,3,H,W), H and W multiples of 32, values 0..1
         "Returns (F_v1 at stride 32, F_v2 at 16, F_v3 at 8)."
         x, maps = self.stem(image), []

@@ -21,7 +21,7 @@ def downsample_mask(
     flat = mask.reshape(1, -1, *mask.shape[-2:]).float()
     return F.interpolate(flat, size=tuple(size), mode=how).view(*mask.shape[:-2], *size)
 
-# %% ../nbs/12_losses.ipynb #d5caf847
+# %% ../nbs/12_losses.ipynb #5d57f7fd
 def bce(
     logits,          # (B,1,h,w)
     target,          # (B,h,w) or (B,1,h,w), 0 or 1
@@ -31,7 +31,8 @@ def bce(
     if reduction not in ('sum', 'mean'): raise unknown_name('reduction', reduction, ('sum', 'mean'))
     if target.shape[-2:] != logits.shape[-2:]:
         raise KitError(f'the target is {tuple(target.shape[-2:])}, the output {tuple(logits.shape[-2:])}', mend="Down-sample the mask to the output's grid with downsample_mask")
-    cells = F.binary_cross_entropy_with_logits(logits.float(), target.reshape(logits.shape).float(), reduction='none').flatten(1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    cells = F.binary_cross_entropy_with_logits(logits.to(wide), target.reshape(logits.shape).to(wide), reduction='none').flatten(1)
     return (cells.sum(1) if reduction == 'sum' else cells.mean(1)).mean()
 
 # %% ../nbs/12_losses.ipynb #d7647afe

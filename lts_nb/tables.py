@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from .errors import KitError, atomic_path, write_text
 from .paper import dataset_titles, methods, published
 
-# %% ../nbs/20_tables.ipynb #8ebec417
+# %% ../nbs/20_tables.ipynb #f1189548
 _needed = ('run', 'experiment', 'dataset', 'preset', 'seed', 'metrics')
 
 def _load(path):
@@ -25,7 +25,6 @@ def _load(path):
     if absent: raise KitError(f'the result lacks {", ".join(absent)}', path, mend)
     return {**result, 'folder': path.parent}
 
-# %% ../nbs/20_tables.ipynb #5fcd0941
 def load_results(
     DIR,              # a report's folder, with the runs under DIR/runs
     preset:str=None,  # only the runs of this preset; None takes all
@@ -37,7 +36,7 @@ def load_results(
     if preset: results = [r for r in results if r['preset'] == preset]
     return sorted(results, key=lambda r: (r['dataset'], r['experiment'], r['seed'], r['run']))
 
-# %% ../nbs/20_tables.ipynb #33ee01bf
+# %% ../nbs/20_tables.ipynb #19fdaa20
 metric_names = ['oIoU', 'mIoU', *(f'prec@0.{x}' for x in range(5, 10)), 'pointing']
 _order = metric_names + [f'ceiling {m}' for m in metric_names] + ['swapped oIoU']
 
@@ -49,7 +48,6 @@ def _numbers(result):
         for metric, value in {**m, **extra}.items():
             if metric in _order and value is not None and np.isfinite(value): yield split, metric, float(value)
 
-# %% ../nbs/20_tables.ipynb #2a17eda2
 def results_frame(
     results:list,    # from `load_results`
 )->pd.DataFrame:     # experiment, dataset, split, seed, metric, value (percent), in a fixed order
@@ -318,7 +316,7 @@ def _verdict(d):
     holds = 'yes' if (d > 0).all() else 'no' if (d <= 0).all() else 'mixed'
     return d.mean(), len(d), ' '.join(f'{x:+.1f}' for x in d).replace('-', '−'), holds
 
-# %% ../nbs/20_tables.ipynb #ee116f99
+# %% ../nbs/20_tables.ipynb #ac3e925b
 _key = ['experiment', 'dataset', 'split', 'metric']
 
 def _numbers_of(DIR):
@@ -333,7 +331,6 @@ def _numbers_of(DIR):
     g['half'] = np.fmax(_image_half(DIR, f), 2 * g['std'] / np.sqrt(g['size']))
     return g[['mean', 'half']]
 
-# %% ../nbs/20_tables.ipynb #6f881d39
 def _image_half(DIR, f):
     "Half-widths over images, NaN where there is none."
     path = Path(DIR)/'intervals.csv'
