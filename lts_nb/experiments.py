@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'ABLATION', 'SIZES_416', 'SPLITS_OF', 'ROWS', 'TABLES', 'SHAPES', 'PAPER', 'MAX_LEN', 'FULL', 'CPU',
-           'GPU', 'PRESETS', 'PACKAGE', 'rows', 'preset_of', 'run_name', 'run_config', 'runs_for', 'module_closure',
-           'module_hashes']
+           'GPU', 'SMALL_SIZES', 'SHALLOW', 'DARKNET53', 'PRESETS', 'PACKAGE', 'rows', 'preset_of', 'run_name',
+           'run_config', 'runs_for', 'module_closure', 'module_hashes']
 
 # %% ../nbs/19_experiments.ipynb #a8c68482
 import ast, hashlib, json
@@ -57,32 +57,38 @@ def rows()->pd.DataFrame: # table, row, experiment, dataset (the paper's), split
     noseg = frame.experiment.map(lambda e: EXPERIMENTS[e].get('model', {}).get('seg') is False)
     return frame.assign(blind=noseg.map({True: 'blind-noseg', False: 'blind'}))
 
-# %% ../nbs/19_experiments.ipynb #6aede6b6
+# %% ../nbs/19_experiments.ipynb #5b7a8c7f
 SHAPES = {'refcoco': 'refshapes', 'refcoco+': 'refshapes+', 'refcocog': 'refshapesg'}
 PAPER = {'refcoco': 'refcoco', 'refcoco+': 'refcoco+', 'refcocog': 'refcocog'}
 MAX_LEN = {'refcoco': 15, 'refcoco+': 15, 'refcocog': 20}
 FULL = dict(lr=1e-3, batch=18, epochs=45, decay=30, epoch_refs=None, all_sentences=False, weight_decay=0., lam=.1, reduction='sum', downsample='nearest-exact')
 CPU = dict(device='cpu', precision='no', threads=1, workers=0, score_batch=64, cache_gb=8)
-GPU = dict(device='auto', precision='bf16', threads=4, workers=6, score_batch=64, cache_gb=64)
+GPU = dict(device='auto', precision='bf16', threads=4, workers=6, score_batch=64, cache_gb=64, keep_cache=False)
 
-# %% ../nbs/19_experiments.ipynb #2a2da8c8
+# %% ../nbs/19_experiments.ipynb #5e9d29d3
+SMALL_SIZES = (32, 64, 96, 128, 160, 192)   # multiples of 32: no row of Table 6 differs by a rounded grid
+SHALLOW, DARKNET53 = (1, 1, 2, 2, 1), (1, 2, 8, 8, 4)  # residual blocks a stage
 PRESETS = {
-    'smoke': dict(datasets=SHAPES, recipe=asdict(Recipe(seed=3, train=40, val=12, testA=8, testB=8)), sizes=(32, 64, 96, 128, 160, 192), large=160, rates=(2, 4, 6),
+    'smoke': dict(datasets=SHAPES, recipe=asdict(Recipe(seed=3, train=40, val=12, testA=8, testB=8)), sizes=SMALL_SIZES, large=160, rates=(2, 4, 6),
         model=dict(emb_dim=16, gru_dim=16, d_m1=32, d_half=16, aspp_width=8, ffn=32),
         backbone=dict(width=.125, depths=(1, 1, 1, 1, 1), neck=False, tail=0, weights='pretrained',
-                      pretrain=dict(images=64, batch=16, lr=2e-3, epochs=2, decay=1, seed=0, threads=1)),
+                      pretrain=dict(images=64, batch=16, lr=4e-3, epochs=2, decay=1, seed=0, threads=1, sizes=(64, 128))),
         train=FULL | dict(epochs=3, decay=2, epoch_refs=36), compute=CPU, vectors=None),
-    'cpu': dict(datasets=SHAPES, recipe=asdict(Recipe(seed=2021)), sizes=(32, 64, 96, 128, 160, 192), large=160, rates=(2, 4, 6),
-        model=dict(emb_dim=64, gru_dim=64, d_m1=128, d_half=32, aspp_width=32, ffn=128),
-        backbone=dict(width=.25, depths=(1, 1, 2, 2, 1), neck=False, tail=0, weights='pretrained',
-                      pretrain=dict(images=14400, batch=32, lr=2e-3, epochs=9, decay=7, seed=0, threads=2)),
-        train=FULL | dict(epoch_refs=200), compute=CPU, vectors=None),
+    'cpu': dict(datasets=SHAPES, recipe=asdict(Recipe(seed=2021)), sizes=SMALL_SIZES, large=160, rates=(2, 4, 6),
+        model=dict(emb_dim=100, gru_dim=128, d_m1=512, d_half=48, aspp_width=32, ffn=96),
+        backbone=dict(width=.25, depths=SHALLOW, neck=False, tail=0, weights='pretrained',
+                      pretrain=dict(images=14400, batch=16, lr=4e-3, epochs=9, decay=7, seed=0, threads=2, sizes=(64, 96, 128, 128, 128, 160, 192))),
+        train=FULL | dict(lr=3e-3, epoch_refs=270), compute=CPU, vectors=None),
+}
+
+# %% ../nbs/19_experiments.ipynb #265334ca
+PRESETS |= {
     'gpu': dict(datasets=SHAPES, recipe=asdict(Recipe(seed=2021, train=12000, val=1000, testA=1000, testB=1000, side=(320, 640))), sizes=SIZES_416, large=480, rates=(6, 12, 18),
-        model={}, backbone=dict(width=1., depths=(1, 2, 8, 8, 4), neck=True, tail=0, weights='pretrained',
-                      pretrain=dict(images=120000, batch=32, lr=1e-3, epochs=10, decay=8, seed=0, threads=8)),
+        model={}, backbone=dict(width=1., depths=DARKNET53, neck=True, tail=0, weights='pretrained',
+                      pretrain=dict(images=120000, batch=32, lr=1e-3, epochs=10, decay=8, seed=0, threads=8, sizes=(320, 352, 384, 416, 448, 480))),
         train=FULL | dict(epochs=9, decay=6), compute=GPU, vectors=None),
     'paper': dict(datasets=PAPER, recipe=None, sizes=SIZES_416, large=480, rates=(6, 12, 18), model={},
-        backbone=dict(width=1., depths=(1, 2, 8, 8, 4), neck=True, tail=2, weights='darknet/yolov3.weights', pretrain=None),
+        backbone=dict(width=1., depths=DARKNET53, neck=True, tail=2, weights='darknet/yolov3.weights', pretrain=None),
         train=FULL, compute=GPU, vectors='glove/glove.840B.300d.txt'),
 }
 
@@ -91,7 +97,7 @@ def preset_of(name:str)->dict:
     if name not in PRESETS: raise unknown_name('preset', name, PRESETS)
     return PRESETS[name]
 
-# %% ../nbs/19_experiments.ipynb #73497ff5
+# %% ../nbs/19_experiments.ipynb #ed545adb
 def run_name(experiment:str, dataset:str, preset:str, seed:int)->str:
     "A run's folder: `lts-n2-refshapes-cpu-s0`."
     return f'{experiment}-{dataset}-{preset}-s{seed}'
@@ -112,7 +118,7 @@ def run_config(
     data = dict(dataset=ours, size=size, max_len=MAX_LEN[role], stretch=False, recipe=p['recipe'], vectors=p['vectors'], shuffle=False) | e.get('data', {})
     model = dict(aspp_rates=list(p['rates']), max_len=MAX_LEN[role], seg=True) | p['model'] | e.get('model', {})
     return json.loads(json.dumps(dict(run=run_name(experiment, ours, preset, seed), experiment=experiment, dataset=ours, preset=preset, seed=seed,
-        data=data, model=model, backbone=p['backbone'] | {'sizes': list(p['sizes']), 'recipe': p['recipe']}, train=p['train'] | e.get('train', {}), compute=p['compute'],
+        data=data, model=model, backbone=p['backbone'] | {'recipe': p['recipe']}, train=p['train'] | e.get('train', {}), compute=p['compute'],
         splits=_splits(experiment, role))))
 
 def _splits(experiment, role):

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .errors import KitError, atomic_path, disk_error, write_text
 from .letterbox import letterbox_image
 
-# %% ../nbs/17_features.ipynb #7083d68b
+# %% ../nbs/17_features.ipynb #7747f5d4
 class LiveFeatures:
     "Features computed when asked for."
     def __init__(self,
@@ -31,11 +31,7 @@ class LiveFeatures:
         "The letterboxed images: the part of the work that loader processes can do."
         return torch.stack([torch.as_tensor(letterbox_image(self.refer.open_image(i), self.size, self.stretch)) for i in image_ids])
 
-    @torch.no_grad()
-    def __call__(self,
-        image_ids,  # B ids
-    )->tuple:       # (B, d, H/32, W/32), (B, d, H/16, W/16), (B, d, H/8, W/8)
-        "The three maps of some images."
+    def __call__(self, image_ids): # B ids -> (B, d, H/32, W/32), (B, d, H/16, W/16), (B, d, H/8, W/8)
         return self.of_images(self.images(image_ids))
 
     @torch.no_grad()
@@ -76,7 +72,7 @@ def feature_key(
     for name, p in sorted(backbone.state_dict().items()): h.update(name.encode() + p.detach().cpu().numpy().tobytes())
     return f'{size}-{h.hexdigest()[:12]}'
 
-# %% ../nbs/17_features.ipynb #a7e9f928
+# %% ../nbs/17_features.ipynb #a9f06675
 def cache_bytes(
     source:LiveFeatures, # decides the maps' shapes
     n:int,               # images
@@ -85,6 +81,7 @@ def cache_bytes(
     with torch.no_grad(): maps = source.of_images(torch.zeros(1, 3, source.size, source.size))
     return 2*n*sum(m.numel() for m in maps)
 
+# %% ../nbs/17_features.ipynb #3c4ef5ee
 def build_features(
     folder,               # where caches are kept; this one gets a folder below
     source:LiveFeatures,  # computes them

@@ -72,7 +72,7 @@ def terminate_as_interrupt():
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/15_fit.ipynb #7b2975b3
+# %% ../nbs/15_fit.ipynb #398dff64
 def fit(
     model:torch.nn.Module, # all that trains
     loss_of,               # batch -> (loss, {name: part})
@@ -93,19 +93,25 @@ def fit(
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
     progress = _resume(checkpoint, config, model, optimizer) or dict(epoch=0, step=0, sums={}, samples=0, seconds=0., history=[])
     model, optimizer = acc.prepare(model, optimizer)
-    save = lambda: checkpoint and acc.is_main_process and save_checkpoint(checkpoint, acc.unwrap_model(model), optimizer, progress, config)
-    with terminate_as_interrupt():
-        try:
-            for epoch in range(progress['epoch'], epochs):
-                for group in optimizer.param_groups: group['lr'] = learning_rate(lr, decay, epoch)
-                _run_epoch(acc, model, optimizer, loss_of, batches(epoch, progress['step']), progress, save, every, f'{desc} {epoch + 1}/{epochs}')
-                _close_epoch(progress, learning_rate(lr, decay, epoch))
-                if after_epoch: after_epoch(epoch, progress['history'])
-        except KeyboardInterrupt: save(); raise
-    save()
+    save = lambda: checkpoint and save_checkpoint(checkpoint, acc.unwrap_model(model), optimizer, progress, config)
+    def one(epoch):
+        for group in optimizer.param_groups: group['lr'] = learning_rate(lr, decay, epoch)
+        _run_epoch(acc, model, optimizer, loss_of, batches(epoch, progress['step']), progress, save, every, f'{desc} {epoch + 1}/{epochs}')
+        _close_epoch(progress, learning_rate(lr, decay, epoch))
+        if after_epoch: after_epoch(epoch, progress['history'])
+    _until_done(one, progress, epochs, save)
     return progress['history']
 
-# %% ../nbs/15_fit.ipynb #7e174817
+# %% ../nbs/15_fit.ipynb #996507ae
+def _until_done(one, progress, epochs, save):
+    "Run the remaining epochs; keep a checkpoint at the end and when interrupted."
+    with terminate_as_interrupt():
+        try:
+            for epoch in range(progress['epoch'], epochs): one(epoch)
+        except KeyboardInterrupt: save(); raise
+    save()
+
+# %% ../nbs/15_fit.ipynb #7f7104fc
 @contextmanager
 def _undivided():
     "Hold interrupts back until the block is done."
@@ -119,6 +125,7 @@ def _undivided():
         for s, handler in before.items(): signal.signal(s, handler)
     if caught: raise KeyboardInterrupt
 
+# %% ../nbs/15_fit.ipynb #d75b6ded
 def _run_epoch(acc, model, optimizer, loss_of, batches, progress, save, every, desc):
     "One pass over an epoch's remaining batches; `progress` counts every finished step."
     model.train()

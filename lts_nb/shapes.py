@@ -46,7 +46,7 @@ OUTLINES = {
     'cup':  np.array([[-.75, -.8], [.5, -.8], [.5, -.6], [.95, -.6], [.95, .3], [.45, .3], [.42, .1],
                       [.72, .1], [.72, -.35], [.48, -.35], [.38, .85], [-.55, .85]])}
 
-# %% ../nbs/03_shapes.ipynb #33affb63
+# %% ../nbs/03_shapes.ipynb #bc794165
 @dataclass(frozen=True)
 class Recipe:
     "What decides a RefShapes family; equal recipes give identical pixels and records."
@@ -56,7 +56,7 @@ class Recipe:
     testA:int = 500               # people-like targets
     testB:int = 500               # all other targets
     side:tuple = (104, 168)       # shortest and longest side of an image, pixels
-    objects:tuple = (4, 6)        # fewest and most objects in a scene
+    objects:tuple = (4, 5)        # fewest and most objects in a scene
     train_refs:int = 3            # referred objects in a training image, at most
     eval_refs:int = 2             # … in an evaluation image
     sentences:tuple = (2, 3)      # sentences for one object
@@ -85,7 +85,7 @@ class Scene:
     height:int
     things:list = field(default_factory=list)
 
-# %% ../nbs/03_shapes.ipynb #4835f262
+# %% ../nbs/03_shapes.ipynb #d79a0fca
 def _pick(rng, seq): return seq[int(rng.random()*len(seq))]
 def _between(rng, lo, hi): return lo + (hi - lo)*rng.random()
 
@@ -94,7 +94,7 @@ def _categories(rng, recipe, split):
     lo, hi = recipe.objects
     n = lo + int(rng.random()*(hi - lo + 1))
     pool = {'testA': CATEGORIES[:1], 'testB': CATEGORIES[1:]}.get(split, CATEGORIES)
-    main, k = _pick(rng, pool), 2 + int(rng.random()*3)
+    main, k = _pick(rng, pool), _pick(rng, (2, 2, 3, 3, 4))
     others = [c for c in CATEGORIES if c != main]
     return [main]*min(k, n) + [_pick(rng, others) for _ in range(n - min(k, n))]
 
@@ -180,8 +180,8 @@ def paint(
         image = np.where(t.visible[..., None], paper + (rng.random(image.shape[:2])*16).astype(np.int16)[..., None] - 8, image)
     return image.clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/03_shapes.ipynb #aa9b08df
-MARGIN = .08  # of the image's side: a smaller difference of place decides nothing
+# %% ../nbs/03_shapes.ipynb #1169efd2
+MARGIN = .1  # of the image's side: a smaller difference of place decides nothing
 _NOUN = {noun: c for c, nouns in NOUNS.items() for noun in nouns}
 _AXIS = {'left': (0, 1), 'right': (0, -1), 'top': (1, 1), 'bottom': (1, -1)}
 _RELATION = {'to the left of': (0, -1), 'to the right of': (0, 1), 'above': (1, -1), 'below': (1, 1)}
@@ -221,20 +221,21 @@ def _corner(scene, ids, vertical, side):
     sure, maybe = [i for i in ids if inside(i, -MARGIN/2)], [i for i in ids if inside(i, MARGIN/2)]
     return sure if len(maybe) == 1 else []
 
-# %% ../nbs/03_shapes.ipynb #3a7d6035
+# %% ../nbs/03_shapes.ipynb #2716f74f
 def _related(scene, ids, relation, anchor):
     "Those of `ids` that stand in a relation to the one anchor; empty where any is too near to tell."
     ax, ay = _at(scene, anchor)
     ids = [i for i in ids if i != anchor]
     if relation == 'closest to':
-        far = sorted((math.hypot(_at(scene, i)[0] - ax, _at(scene, i)[1] - ay), i) for i in ids)
+        things, short = scene.things, min(scene.width, scene.height)
+        far = sorted((math.hypot(things[i].x - things[anchor].x, things[i].y - things[anchor].y)/short, i) for i in ids)
         return [far[0][1]] if len(far) > 1 and far[1][0] - far[0][0] >= MARGIN else []
     axis, sign = _RELATION[relation]
     gap = {i: sign*(_at(scene, i)[axis] - (ax, ay)[axis]) for i in ids}
     if any(abs(g) < MARGIN for g in gap.values()): return []
     return [i for i in ids if gap[i] > 0]
 
-# %% ../nbs/03_shapes.ipynb #3552ed48
+# %% ../nbs/03_shapes.ipynb #a5252eb8
 _SIDE = '(left|right|top|bottom)'
 _REL = re.compile(r'(.+?) (?:that is |standing )?(to the left of|to the right of|above|below|closest to) (.+)')
 _FORMS = [(re.compile(p), kind) for p, kind in (
@@ -255,6 +256,7 @@ def referents(
         if m := pattern.fullmatch(sentence): return _placed(scene, kind, m.groups())
     return _fits(scene, sentence.split()) or []
 
+# %% ../nbs/03_shapes.ipynb #82c845f1
 def _placed(scene, kind, g):
     "What a sentence that speaks of a place means."
     phrase = g[{'side': 1, 'corner': 2}.get(kind, 0)]
@@ -404,7 +406,18 @@ def _number(refs):
         ref['sent_ids'] = [s['sent_id'] for s in ref['sentences']]
     return refs
 
-# %% ../nbs/03_shapes.ipynb #a4de96a2
+# %% ../nbs/03_shapes.ipynb #0112c5be
+def _write_sets(root, rows):
+    "The three sets' files from all images' rows; their fingerprints."
+    instances = dict(info={'description': 'RefShapes'}, licenses=[], images=[r[0] for r in rows], annotations=[a for r in rows for a in r[1]],
+                     categories=[dict(id=i + 1, name=c, supercategory='person' if c == 'person' else 'thing') for i, c in enumerate(CATEGORIES)])
+    pixels, prints = [r[3] for r in rows], {}
+    for name in FAMILY:
+        refs = _number([ref for r in rows for ref in r[2][name]])
+        write_refer(root, name, 'umd' if name == 'refshapesg' else 'unc', refs, instances)
+        prints[name] = _digest(pixels, refs, instances['annotations'])
+    return prints
+
 def make_family(
     root,              # folder to fill: images/refshapes and one folder a set
     recipe:Recipe=Recipe(), # what to make
@@ -417,14 +430,7 @@ def make_family(
     folder = root/'images'/'refshapes'
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise disk_error(e, root) from e
-    rows = _run_jobs(list(_jobs(recipe, str(folder))), workers)
-    instances = dict(info={'description': 'RefShapes'}, licenses=[], images=[r[0] for r in rows], annotations=[a for r in rows for a in r[1]],
-                     categories=[dict(id=i + 1, name=c, supercategory='person' if c == 'person' else 'thing') for i, c in enumerate(CATEGORIES)])
-    pixels, prints = [r[3] for r in rows], {}
-    for name in FAMILY:
-        refs = _number([ref for r in rows for ref in r[2][name]])
-        write_refer(root, name, 'umd' if name == 'refshapesg' else 'unc', refs, instances)
-        prints[name] = _digest(pixels, refs, instances['annotations'])
+    prints = _write_sets(root, _run_jobs(list(_jobs(recipe, str(folder))), workers))
     write_text(root/'refshapes.json', json.dumps(dict(recipe=want, fingerprints=prints), indent=1))
     return prints
 

@@ -1,0 +1,56 @@
+# make help lists the targets.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+CORES ?= $(shell nproc 2>/dev/null || echo 2)
+SECONDS_A_NOTEBOOK ?= 300
+ARGS ?=
+BIN := .venv/bin
+LESSONS := $(sort $(wildcard nbs/*.ipynb))
+
+.PHONY: help setup reproduce test check lessons pytest export readme docs clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.stamp ## .venv with the pinned versions; does nothing when it is up to date
+
+.venv/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+reproduce: setup ## every table and figure of the paper, on the embedded benchmark: make reproduce ARGS="--preset smoke"
+	$(BIN)/lts reproduce $(ARGS)
+
+test: setup ## all tests: what is generated, the notebooks, pytest
+	@$(MAKE) -k --no-print-directory check lessons pytest
+
+check: setup ## does what is generated (lts_nb/, README.md) agree with the notebooks, and are they clean?
+	$(BIN)/pytest tests/test_clean.py
+
+lessons: setup ## run every notebook's cells, one thread each, with a time limit
+	@mkdir -p build
+	@printf '%s\n' $(LESSONS) | OMP_NUM_THREADS=1 MPLBACKEND=agg xargs -P $(CORES) -I{} bash -c \
+	  'timeout $(SECONDS_A_NOTEBOOK) $(BIN)/nbdev_test --path {} --n_workers 0 --timing > build/$$(basename {}).log 2>&1 && echo "ok {}" \
+	   || { status=$$?; cat build/$$(basename {}).log; test $$status = 124 && echo "{}: stopped after $(SECONDS_A_NOTEBOOK) s"; echo "FAILED {}"; exit 1; }'
+
+pytest: setup
+	$(BIN)/pytest --ignore tests/test_clean.py
+
+export: setup ## lts_nb/ and README.md from the notebooks, and clean them
+	$(BIN)/nbdev_export
+	$(MAKE) --no-print-directory readme
+	$(BIN)/nbdev_clean --fname nbs
+
+readme: setup ## README.md from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+	$(BIN)/nbdev_clean --fname nbs/index.ipynb
+
+docs: setup ## the reading site, in site/
+	$(BIN)/mkdocs build --strict
+
+clean: ## remove what can be made again, except .venv, data/ and out/
+	rm -rf build dist site _proc _docs .cache .pytest_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

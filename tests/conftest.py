@@ -1,0 +1,24 @@
+"What several test files share."
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope='session')
+def micro():
+    "Root of the small excerpt of RefCOCO, which is not part of the repository."
+    path = Path(os.environ.get('LTS_MICRO') or ROOT.parent/'shared'/'refcoco_micro')
+    if not path.is_dir(): pytest.skip(f'no RefCOCO excerpt at {path}; LTS_MICRO may name another place')
+    return path
+
+
+@pytest.fixture(scope='session')
+def tiny_family(tmp_path_factory):
+    "Root of a RefShapes family of a dozen images; read it, never write to it."
+    from lts_nb.shapes import Recipe, make_family
+    root = tmp_path_factory.mktemp('tiny_family')
+    make_family(root, Recipe(seed=0, train=5, val=3, testA=3, testB=3))
+    return root

@@ -1,0 +1,60 @@
+"What is generated agrees with the notebooks; the notebooks are clean and short; no photograph has slipped in."
+import hashlib, json, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+from readme import readme
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+NOTEBOOKS = sorted(p for folder in ('nbs', 'nbs/runs') for p in (ROOT/folder).glob('*.ipynb'))
+
+
+def name(path): return str(path.relative_to(ROOT))
+
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "A copy of the notebooks, exported afresh and cleaned."
+    root = tmp_path_factory.mktemp('clean')
+    for path in [*NOTEBOOKS, ROOT/'settings.ini', ROOT/'pyproject.toml', ROOT/'lts_nb'/'__init__.py']:
+        target = root/path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    for command in (['nbdev_export'], ['nbdev_clean', '--fname', 'nbs']):
+        subprocess.run([BIN/command[0], *command[1:]], cwd=root, check=True)
+    return root
+
+
+def test_the_modules_are_what_the_notebooks_export(copy):
+    ours, fresh = ({p.name: p.read_text() for p in (root/'lts_nb').glob('*.py')} for root in (ROOT, copy))
+    assert sorted(ours) == sorted(fresh), 'a module without its notebook, or a notebook without its module: make export'
+    assert [m for m in ours if ours[m] != fresh[m]] == [], 'these modules differ from their notebooks: make export'
+
+
+def test_the_notebooks_are_clean(copy):
+    assert [name(p) for p in NOTEBOOKS if p.read_bytes() != (copy/p.relative_to(ROOT)).read_bytes()] == [], 'not clean: make export'
+
+
+def test_the_readme_is_what_the_index_makes():
+    assert (ROOT/'README.md').read_text() == readme(ROOT), 'README.md differs from nbs/index.ipynb: make readme'
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
+def test_a_notebook_is_short_and_so_are_its_cells(path):
+    cells = json.loads(path.read_text())['cells']
+    code = {i: [line for line in ''.join(c['source']).splitlines() if line.strip() and not line.startswith('#|')]
+            for i, c in enumerate(cells) if c['cell_type'] == 'code'}
+    assert len(cells) <= 60
+    assert {i: len(lines) for i, lines in code.items() if len(lines) > 25} == {}, 'cells (counted from 0) of more than 25 lines'
+    assert all(o['output_type'] != 'error' for c in cells for o in c.get('outputs', [])), 'a cell shows an error'
+
+
+def test_no_file_of_the_excerpt_is_in_the_repository(micro):
+    listed = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT, capture_output=True)
+    if listed.returncode: pytest.skip('not a git checkout')
+    digest = lambda path: hashlib.sha256(path.read_bytes()).digest()
+    foreign = {digest(p) for p in micro.rglob('*') if p.is_file()}
+    files = [ROOT/f for f in listed.stdout.decode().split('\0') if f]
+    assert [name(f) for f in files if f.is_file() and digest(f) in foreign] == []
