@@ -94,12 +94,12 @@ class CellClassifier(nn.Module):
         maps = self.backbone(x)
         return [h(f) for h, f in zip(self.heads, maps)], self.place(maps[0])
 
-# %% ../nbs/16_pretrain.ipynb #3f3d9308
+# %% ../nbs/16_pretrain.ipynb #afaa785f
 def cell_loss(
     logits:list,       # of the three maps
     places:torch.Tensor, # (B, 2, h, w) of the coarsest map
     maps:torch.Tensor, # (B, classes, H, W) bool
-    weight:float=.3,   # of the places' squared error
+    weight:float=.6,   # of the places' squared error
 )->torch.Tensor:       # scalar
     "Binary cross-entropy against the share of each cell that a class covers, mean over cells, sum over the three maps; plus the places' error."
     y, there = maps.float(), cell_places(*places.shape[-2:]).to(places.device)

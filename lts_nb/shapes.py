@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 from .errors import KitError, atomic_path, disk_error, write_text
 from .refer import Refer, write_refer
 
-# %% ../nbs/03_shapes.ipynb #2f6796e8
+# %% ../nbs/03_shapes.ipynb #646c2ee0
 NOUNS = {'person': ('person', 'guy'), 'ball': ('ball', 'circle'), 'box': ('box', 'square'),
          'star': ('star',), 'tree': ('tree',), 'cup': ('cup', 'mug')}
 CATEGORIES = tuple(NOUNS)
 COLOURS = {'red': (214, 40, 40), 'green': (40, 160, 60), 'blue': (45, 90, 220),
            'yellow': (240, 205, 40), 'pink': (240, 120, 190), 'white': (240, 240, 240)}
-SIZES = {'small': (.125, .15), 'big': (.2, .235)}  # radius as a share of the shorter side; nothing lies between
+SIZES = {'small': (.14, .165), 'big': (.22, .255)}  # radius as a share of the shorter side; nothing lies between
 PATTERNS = ('plain', 'striped')
 
 # %% ../nbs/03_shapes.ipynb #191b823f
@@ -267,7 +267,7 @@ def _placed(scene, kind, g):
     if kind == 'second': return _ordered(scene, ids, g[1], 1) if len(ids) > 2 else []
     return _ordered(scene, ids, g[0] if kind == 'side' else g[1], 0)
 
-# %% ../nbs/03_shapes.ipynb #2c658672
+# %% ../nbs/03_shapes.ipynb #89b4754f
 def _looks(rng, t, n):
     "A noun phrase with n of the thing's looks, in the usual order of adjectives."
     keys = sorted(sorted(('size', 'pattern', 'colour'), key=lambda _: rng.random())[:n], key=('size', 'pattern', 'colour').index)
@@ -282,9 +282,9 @@ def _place_sentence(rng, t):
     np_, side = _looks(rng, t, 1 if rng.random() < .25 else 0), _pick(rng, tuple(_AXIS))
     corner = f"{_pick(rng, ('top', 'bottom'))} {_pick(rng, ('left', 'right'))}"
     if ' with' in np_: np_ = _looks(rng, t, 0)
-    return _pick(rng, (f'{side} {np_}', f'{side} {np_}', f'{np_} on the {side}', f'{np_} on {side}', f'far {side} {np_}', f'the {np_} to the {side}',
-        f'{corner} {np_}', f'{np_} in the {corner}', f'middle {np_}', f'{np_} in the middle',
-        f'second {np_} from the {side}', f'{np_} second from {side}'))
+    simple = (f'{side} {np_}', f'{side} {np_}', f'{np_} on the {side}', f'{np_} on {side}', f'far {side} {np_}', f'the {np_} to the {side}', f'{corner} {np_}', f'{np_} in the {corner}')
+    counted = (f'middle {np_}', f'{np_} in the middle', f'second {np_} from the {side}', f'{np_} second from {side}')
+    return _pick(rng, simple if rng.random() < .8 else counted)
 
 # %% ../nbs/03_shapes.ipynb #c92d871a
 def _look_sentence(rng, t):
