@@ -180,8 +180,8 @@ def paint(
         image = np.where(t.visible[..., None], paper + (rng.random(image.shape[:2])*16).astype(np.int16)[..., None] - 8, image)
     return image.clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/03_shapes.ipynb #1169efd2
-MARGIN = .1  # of the image's side: a smaller difference of place decides nothing
+# %% ../nbs/03_shapes.ipynb #56f8d7e9
+MARGIN = .18  # of the image's side: a smaller difference of place decides nothing
 _NOUN = {noun: c for c, nouns in NOUNS.items() for noun in nouns}
 _AXIS = {'left': (0, 1), 'right': (0, -1), 'top': (1, 1), 'bottom': (1, -1)}
 _RELATION = {'to the left of': (0, -1), 'to the right of': (0, 1), 'above': (1, -1), 'below': (1, 1)}
@@ -267,7 +267,7 @@ def _placed(scene, kind, g):
     if kind == 'second': return _ordered(scene, ids, g[1], 1) if len(ids) > 2 else []
     return _ordered(scene, ids, g[0] if kind == 'side' else g[1], 0)
 
-# %% ../nbs/03_shapes.ipynb #89b4754f
+# %% ../nbs/03_shapes.ipynb #e94f4e6c
 def _looks(rng, t, n):
     "A noun phrase with n of the thing's looks, in the usual order of adjectives."
     keys = sorted(sorted(('size', 'pattern', 'colour'), key=lambda _: rng.random())[:n], key=('size', 'pattern', 'colour').index)
@@ -284,7 +284,7 @@ def _place_sentence(rng, t):
     if ' with' in np_: np_ = _looks(rng, t, 0)
     simple = (f'{side} {np_}', f'{side} {np_}', f'{np_} on the {side}', f'{np_} on {side}', f'far {side} {np_}', f'the {np_} to the {side}', f'{corner} {np_}', f'{np_} in the {corner}')
     counted = (f'middle {np_}', f'{np_} in the middle', f'second {np_} from the {side}', f'{np_} second from {side}')
-    return _pick(rng, simple if rng.random() < .8 else counted)
+    return _pick(rng, simple if rng.random() < .85 else counted)
 
 # %% ../nbs/03_shapes.ipynb #c92d871a
 def _look_sentence(rng, t):

@@ -1,0 +1,103 @@
+"""`lts reproduce` as a user meets it: done twice, killed, failing, changed. One table of the smoke preset, made once."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from lts_nb import batch
+
+TABLE, RUNS = '4', 9
+VICTIM = 'lts-trans-refshapes-smoke-s0'
+
+
+def command(out, root): return [sys.executable, '-c', 'from lts_nb.cli import main; main()', 'reproduce', '--preset', 'smoke', '--table', TABLE,
+                                '--cores', '2', '--out', str(out), '--root', str(root)]
+
+
+def run(out, root): return subprocess.run(command(out, root), capture_output=True, text=True, timeout=600)
+
+
+def finished(out): return {f.parent.name: f.stat().st_mtime_ns for f in out.glob('runs/*/result.json')}
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "A report of Table 4, made from nothing."
+    base = tmp_path_factory.mktemp('batch')
+    result = run(base/'out', base/'data')
+    assert result.returncode == 0, result.stdout + result.stderr
+    return SimpleNamespace(out=base/'out', root=base/'data', base=base, said=result.stdout)
+
+
+def test_makes_runs_tables_and_report(made):
+    assert len(finished(made.out)) == RUNS
+    assert all((made.out/f).exists() for f in ('index.html', 'table4.csv', 'table4.md', 'table4.tex', 'results.csv', 'figures/figure4.png'))
+    assert made.said.strip().endswith(f'The report: {made.out/"index.html"}')
+    result = json.loads((made.out/'runs'/VICTIM/'result.json').read_text())
+    assert {'config', 'metrics', 'fingerprint', 'code', 'versions', 'hardware', 'seconds', 'peak_memory_mb'} <= set(result)
+
+
+def test_second_time_does_nothing(made):
+    before, began = finished(made.out), time.time()
+    assert run(made.out, made.root).returncode == 0
+    assert finished(made.out) == before
+    assert time.time() - began < 30, 'nothing to do must take seconds'
+
+
+def test_changed_row_is_rerun_alone(made, monkeypatch):
+    from lts_nb import experiments
+    monkeypatch.setitem(experiments.EXPERIMENTS, 'lts-trans', {'model': {'locate': 'transformer', 'heads': 2}})
+    plan = batch.make_plan('smoke', [TABLE], 1, made.out, made.root)
+    other = made.base/'changed'
+    shutil.copytree(made.out, other)
+    (other/'plan.json').write_text(json.dumps(plan))
+    said = subprocess.run([*batch._command(other, 2), '-n'], capture_output=True, text=True).stdout
+    counts = dict(re.findall(r'^(\w+)\s+(\d+)$', said, re.M))
+    assert int(counts.get('train', 0)) + int(counts.get('train_long', 0)) == 3, said
+    assert 'backbone' not in counts
+    states = batch.plan('smoke', [TABLE], out=made.out, root=made.root).set_index('run')
+    assert set(states.index[states.state == 'stale']) == {r for r in states.index if r.startswith('lts-trans')}
+
+
+def test_failed_run_is_named_and_stops_nobody(made):
+    out = made.base/'failing'
+    shutil.copytree(made.out, out)
+    for name in (VICTIM, 'lts-refshapes-smoke-s0'): (out/'runs'/name/'result.json').unlink()
+    (out/'runs'/VICTIM/'checkpoint.pt').write_bytes(b'not a checkpoint')
+    result = run(out, made.root)
+    assert result.returncode == 1
+    assert f'FAILED {VICTIM}' in result.stdout and 'the checkpoint cannot be read' in result.stdout
+    assert str(out/'runs'/VICTIM/'train.ipynb') in result.stdout
+    assert len(finished(out)) == RUNS - 1, 'the other run was finished'
+    assert VICTIM in (out/'index.html').read_text(), 'the report says what failed'
+    assert dict(batch.plan('smoke', [TABLE], out=out, root=made.root)[['run', 'state']].values)[VICTIM] == 'failed'
+    (out/'runs'/VICTIM/'checkpoint.pt').unlink()
+    assert run(out, made.root).returncode == 0
+    assert (out/'results.csv').read_bytes() == (made.out/'results.csv').read_bytes()
+
+
+@pytest.mark.parametrize('how, after', [(signal.SIGKILL, 14), (signal.SIGINT, 9)], ids=['SIGKILL', 'Ctrl-C'])
+def test_killed_and_run_again_gives_the_same_bytes(made, how, after):
+    out = made.base/f'killed-{how}'
+    process = subprocess.Popen(command(out, made.root), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(after)
+    assert process.poll() is None, 'it was still at work'
+    os.killpg(process.pid, how)
+    process.wait(60)
+    result = run(out, made.root)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ('results.csv', 'table4.csv', 'table4.md', 'table4.tex'):
+        assert (out/name).read_bytes() == (made.out/name).read_bytes(), name
+
+
+def test_unwritable_folder_is_a_sentence(made, tmp_path):
+    (tmp_path/'file').write_text('')
+    result = run(tmp_path/'file'/'out', made.root)
+    assert result.returncode == 2 and 'Traceback' not in result.stderr and 'lts: ' in result.stderr
