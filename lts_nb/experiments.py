@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'ABLATION', 'SIZES_416', 'SPLITS_OF', 'ROWS', 'TABLES', 'SHAPES', 'PAPER', 'MAX_LEN', 'FULL', 'CPU',
-           'GPU', 'SMALL_SIZES', 'SHALLOW', 'DARKNET53', 'PRESETS', 'PACKAGE', 'rows', 'preset_of', 'run_name',
-           'run_config', 'runs_for', 'module_closure', 'module_hashes']
+           'GPU', 'SMALL_SIZES', 'SHALLOW', 'DARKNET53', 'PRESETS', 'FROZEN', 'PACKAGE', 'rows', 'preset_of',
+           'run_name', 'run_config', 'runs_for', 'module_closure', 'module_hashes']
 
 # %% ../nbs/19_experiments.ipynb #a8c68482
 import ast, hashlib, json
@@ -96,6 +96,9 @@ def preset_of(name:str)->dict:
     "A preset by name; KitError with the nearest names where there is none."
     if name not in PRESETS: raise unknown_name('preset', name, PRESETS)
     return PRESETS[name]
+
+# %% ../nbs/19_experiments.ipynb #378170df
+FROZEN = {'cpu': {'refshapes': '1b40b777cfb25edc', 'refshapes+': 'e96b7c3c75e7b858', 'refshapesg': '7b52471714e837c5'}}
 
 # %% ../nbs/19_experiments.ipynb #ed545adb
 def run_name(experiment:str, dataset:str, preset:str, seed:int)->str:

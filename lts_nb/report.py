@@ -6,12 +6,12 @@
 __all__ = ['STYLE', 'PAGE', 'TITLES', 'HOW_TO_READ', 'wanted_rows', 'missing_runs', 'controls', 'runs_frame', 'command_of',
            'make_figures', 'block_grid', 'frame_grid', 'write_report']
 
-# %% ../nbs/22_report.ipynb #e0254c66
+# %% ../nbs/22_report.ipynb #e04de31f
 import base64, json
 from pathlib import Path
 import jinja2, pandas as pd
 from .errors import KitError, disk_error, write_text
-from .experiments import EXPERIMENTS, TABLES, preset_of, rows, run_name
+from .experiments import FROZEN, preset_of, rows, run_name
 from .figures import figure4, figure5, filter_curve, load_examples, resolution_curve, save_figure, table2_bars, training_curves
 from .paper import dataset_titles
 from .tables import (intervals_frame, load_results, orderings, paper_table, results_frame, seg_grid_share, table_blocks, write_csv, write_table)
@@ -152,7 +152,7 @@ def _evidence_section(frame, results):
     if len(share): parts += [dict(text='How much of the gain of Seg is only the finer grid: the row without Seg, scaled by the ratio of the two grids’ ceilings, would gain “grid” points with no better model.'), dict(grid=frame_grid(share))]
     return 'evidence', 'Does it read, and what does the grid explain?', parts
 
-# %% ../nbs/22_report.ipynb #f233cc25
+# %% ../nbs/22_report.ipynb #492d6519
 def _figure_sections(figures, folder):
     parts = []
     for name, (fig, caption) in figures.items():
@@ -160,11 +160,16 @@ def _figure_sections(figures, folder):
         parts.append(dict(figure=base64.b64encode((folder/f'{name}.png').read_bytes()).decode(), caption=caption))
     return 'figures', 'Figures', parts
 
+def _frozen(preset, dataset, print_):
+    "A fingerprint, and whether it is the frozen one."
+    frozen = FROZEN.get(preset, {}).get(dataset)
+    return print_ + ('' if frozen is None else ' (the frozen data)' if frozen == print_ else f' (NOT the frozen data, {frozen})')
+
 def _made_section(preset, runs, results):
     "Where the numbers come from."
     shown = runs.drop(columns=['experiment', 'commit', 'torch', 'device', 'fingerprint'])
     first = results[0]
-    facts = pd.DataFrame([('data, seed and recipe', json.dumps(first['config']['data']['recipe']))] + [(f'fingerprint of {d}', f) for d, f in runs.groupby('dataset').fingerprint.first().items()] +
+    facts = pd.DataFrame([('data, seed and recipe', json.dumps(first['config']['data']['recipe']))] + [(f'fingerprint of {d}', _frozen(preset, d, f)) for d, f in runs.groupby('dataset').fingerprint.first().items()] +
         [('code', ', '.join(sorted({str(c) for c in runs.commit}))), ('versions', json.dumps(first['versions'])), ('hardware', json.dumps(first['hardware'])),
          ('all runs together', f'{runs.seconds.sum()/3600:.2f} hours, one after the other; largest process {runs.peak_memory_mb.max():.0f} MB')], columns=['what', ''])
     return 'made', 'How each number was made', [dict(grid=frame_grid(facts)), dict(grid=frame_grid(shown)),
