@@ -31,7 +31,7 @@ def committed(preset:str)->Path:
     "The committed report of a preset."
     return KIT/'reports'/preset
 
-# %% ../nbs/23_batch.ipynb #9cda276d
+# %% ../nbs/23_batch.ipynb #f9af9b74
 def make_plan(
     preset:str, tables, seeds:int, out:Path, root:Path,
 )->dict: # written to OUT/plan.json
@@ -40,7 +40,7 @@ def make_plan(
     ours = p['backbone']['weights'] == 'pretrained'
     weights = [shared_backbone(r, out, root) for r in runs]
     return dict(preset=preset, tables=list(tables or TABLES), seeds=seeds, out=str(out), root=str(root), kit=str(KIT), python=sys.executable,
-        runs=runs, recipe=p['recipe'], pretrain=runs[0]['backbone'] if ours else None, threads=p['compute']['threads'],
+        runs=runs, recipe=p['recipe'], pretrain=runs[0]['backbone'] if ours else None, threads=p['compute']['threads'], gpu=p['compute']['device'] != 'cpu',
         backbone=str(weights[0].relative_to(out)) if ours else None, backbones=[str(w.relative_to(out)) if ours else str(w) for w in weights],
         modules=dict(train=module_closure('train'), backbone=module_closure('pretrain')))
 
@@ -63,7 +63,7 @@ def run_state(
     edited = [m for m, h in modules.items() if result['code']['modules'].get(m) != h]
     return ('stale', f'edited: {", ".join(edited)}') if edited else ('done', '')
 
-# %% ../nbs/23_batch.ipynb #1827d77a
+# %% ../nbs/23_batch.ipynb #bf9ed04e
 def known_seconds(
     preset:str, out,
 )->dict:  # {(experiment, dataset): seconds}
@@ -76,6 +76,7 @@ def known_seconds(
         if r := _result(out, f.parent.name): seconds[r['experiment'], r['dataset']] = r['seconds']['total']
     return seconds
 
+# %% ../nbs/23_batch.ipynb #f2599f70
 def plan(
     preset:str='cpu', tables=None, seeds:int=1, cores=None, out=None, root=None,
 )->pd.DataFrame: # run, state, why, seconds (estimate; NaN where nothing is known)
@@ -85,6 +86,7 @@ def plan(
     states = [(r['run'], *run_state(r, out, modules, failed), seconds.get((r['experiment'], r['dataset']))) for r in runs_for(preset, tables, seeds)]
     return pd.DataFrame(states, columns=['run', 'state', 'why', 'seconds'])
 
+# %% ../nbs/23_batch.ipynb #c96e83e8
 def describe_plan(
     preset:str='cpu', tables=None, seeds:int=1, cores=None, out=None, root=None,
 )->str:
@@ -97,13 +99,13 @@ def describe_plan(
     known, jobs = todo.seconds.dropna(), (cores or os.cpu_count() or 1)//preset_of(preset)['compute']['threads'] or 1
     left = 'nothing to do' if not len(todo) else f'about {len(todo)*known.mean()/jobs/60:.0f} minutes left on {jobs} at a time' if len(known) else 'no run of this preset has been timed yet'
     missing = missing_inputs(preset, Path(root or default_root(preset)))
-    return '\n'.join([*lines, f'{counts}; {left}.', *missing])
+    return '\n'.join([*lines, f'{counts}; {left}.', *missing, *(['data/README.md says where to get it and where to put it.'] if missing else [])])
 
 def _failed(out):
     try: return json.loads((Path(out)/'failed.json').read_text())
     except (OSError, ValueError): return []
 
-# %% ../nbs/23_batch.ipynb #c0226931
+# %% ../nbs/23_batch.ipynb #2dc753e8
 def missing_inputs(
     preset:str, root,
 )->list:  # sentences, empty where all is there
@@ -111,12 +113,12 @@ def missing_inputs(
     p, root, out = preset_of(preset), Path(root), []
     if p['recipe'] is None:
         for name in p['datasets'].values():
-            if not (root/name/'instances.json').exists(): out.append(f'{name} is missing ({root/name}): lts data fetch {name} --root {root}')
+            if not (root/name/'instances.json').exists(): out.append(f'{name} is missing ({root/name})')
         if not any((root/d).is_dir() for d in ('images/mscoco/images/train2014', 'images/train2014', 'train2014')):
-            out.append(f'the COCO images are missing ({root}/images/mscoco/images/train2014): lts data fetch coco-train2014 --root {root}')
+            out.append(f'the COCO images are missing ({root}/images/mscoco/images/train2014)')
     if p['backbone']['weights'] != 'pretrained' and not (root/p['backbone']['weights']).exists():
-        out.append(f"the backbone weights are missing ({root/p['backbone']['weights']}): lts data fetch darknet --root {root}")
-    if p['vectors'] and not (root/p['vectors']).exists(): out.append(f"the word vectors are missing ({root/p['vectors']}): lts data fetch glove --root {root}")
+        out.append(f"the backbone weights are missing ({root/p['backbone']['weights']})")
+    if p['vectors'] and not (root/p['vectors']).exists(): out.append(f"the word vectors are missing ({root/p['vectors']})")
     return out
 
 def _open_folder(out):
@@ -130,10 +132,10 @@ def _open_folder(out):
     except Timeout: print(f'Another `lts` is at work in {out}; waiting for it.', flush=True); lock.acquire()
     return lock
 
-# %% ../nbs/23_batch.ipynb #e08a3eab
+# %% ../nbs/23_batch.ipynb #0ec2d487
 def _command(out, cores, targets=()):
     return [sys.executable, '-m', 'snakemake', '-s', str(KIT/'workflow'/'Snakefile'), '--directory', str(out), '--config', f'plan={out}/plan.json',
-            '--cores', str(cores), '--keep-going', '--rerun-incomplete', '--nolock', '--scheduler', 'greedy', '--quiet', 'rules', *targets]
+            '--cores', str(cores), '--resources', 'gpu=1', '--keep-going', '--rerun-incomplete', '--nolock', '--scheduler', 'greedy', '--quiet', 'rules', *targets]
 
 def _snakemake(out, plan, cores):
     "Run Snakemake with a progress bar; returns when it has ended. Ctrl-C ends it and its jobs."
@@ -208,14 +210,14 @@ def release_features(
     if all((Path(out)/'runs'/r['run']/'result.json').exists() for r in same):
         for folder in (Path(out)/'shared'/'features').glob(f"{config['data']['size']}-*"): shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/23_batch.ipynb #e5e34fa7
+# %% ../nbs/23_batch.ipynb #2227e2ac
 def reproduce(
     preset:str='cpu', tables=None, seeds:int=1, cores=None, out=None, root=None,
 )->int: # exit status: 0, or 1 where a run failed
     "Bring all runs of some tables up to date and write their report."
     out, root = Path(out or default_out(preset)).resolve(), Path(root or default_root(preset)).resolve()
     runs_for(preset, tables, seeds)
-    if missing := missing_inputs(preset, root): raise KitError('the preset needs what is not there: ' + '; '.join(missing))
+    if missing := missing_inputs(preset, root): raise KitError('the preset needs what is not there: ' + '; '.join(missing), mend='data/README.md says where to get it and where to put it')
     lock = _open_folder(out)
     try:
         the_plan = make_plan(preset, tables, seeds, out, root)

@@ -6,17 +6,17 @@
 __all__ = ['app', 'data_app', 'Preset', 'Tables', 'Seeds', 'Cores', 'Out', 'Root', 'Data', 'By', 'reproduce', 'plan', 'report',
            'compare', 'data_make', 'data_check', 'evaluate', 'score', 'predict', 'main']
 
-# %% ../nbs/25_cli.ipynb #0f0349da
-import json, os, sys
+# %% ../nbs/25_cli.ipynb #aa1ea313
+import errno, json, os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .errors import KitError
+from .errors import KitError, disk_error
 
-# %% ../nbs/25_cli.ipynb #adf77318
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+# %% ../nbs/25_cli.ipynb #f117f5c7
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help='Locate then Segment, reproduced: data, runs, tables and predictions.')
-data_app = typer.Typer(no_args_is_help=True, help='Make and check data sets.')
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help='Make and check data sets.')
 app.add_typer(data_app, name='data')
 
 Preset = Annotated[str, typer.Option(help='How large: smoke, cpu, gpu or paper.')]
@@ -28,33 +28,35 @@ Root = Annotated[Optional[Path], typer.Option(help="The data's folder; below dat
 Data = Annotated[Path, typer.Option('--root', help='Folder that holds the data sets, as the REFER release lays them out.')]
 By = Annotated[Optional[str], typer.Option(help='Partition: unc, umd or google; the usual one where not given.')]
 
-# %% ../nbs/25_cli.ipynb #a44bb8b2
+# %% ../nbs/25_cli.ipynb #edc027c3
 @app.command()
 def reproduce(preset:Preset='cpu', table:Tables=None, seeds:Seeds=1, cores:Cores=None, out:Out=None, root:Root=None):
-    "Bring every run that the tables need up to date, then write tables, figures and the report."
+    "Make tables, figures and the report. Every run that the tables need is brought up to date first."
     from lts_nb.batch import reproduce
     raise typer.Exit(reproduce(preset, table, seeds, cores, out, root))
 
 @app.command()
 def plan(preset:Preset='cpu', table:Tables=None, seeds:Seeds=1, cores:Cores=None, out:Out=None, root:Root=None):
-    "Show each run and its state, with an estimate of the time left; changes nothing."
+    "Show each run, its state and the time left. Changes nothing."
     from lts_nb.batch import describe_plan
     typer.echo(describe_plan(preset, table, seeds, cores, out, root))
 
 @app.command()
 def report(preset:Preset='cpu', table:Tables=None, out:Out=None):
-    "Write the report from whatever runs are there; what is missing is named."
+    "Write the report from the runs there are. What is missing is named."
     from lts_nb.batch import default_out
+    from lts_nb.experiments import runs_for
     from lts_nb.report import write_report
+    runs_for(preset, table)
     folder = out or default_out(preset)
     missing = write_report(folder, preset, table)['missing']
     if missing: typer.echo(f'Not run yet: {", ".join(missing)}')
     typer.echo(f'The report: {folder/"index.html"}')
 
-# %% ../nbs/25_cli.ipynb #bb10e579
+# %% ../nbs/25_cli.ipynb #33f4a48d
 @app.command()
 def compare(a:Annotated[Path, typer.Argument(help='A report, e.g. reports/cpu')], b:Annotated[Path, typer.Argument(help='Another report')]):
-    "Print every number in which two reports differ, and whether by more than its interval."
+    "Show in which numbers two reports differ. Also whether by more than their interval."
     from lts_nb.tables import compare_reports
     differs = compare_reports(a, b)
     if not len(differs): typer.echo('The reports agree in every number.')
@@ -77,16 +79,16 @@ def data_make(name:Annotated[str, typer.Argument(help='refshapes, refshapes+ or 
     prints = make_family(root or default_root(preset), recipe if seed is None else replace(recipe, seed=seed), os.cpu_count() or 1)
     for each, print_ in prints.items(): typer.echo(f'{each:12} fingerprint {print_}  {root or default_root(preset)}')
 
-# %% ../nbs/25_cli.ipynb #c1450844
+# %% ../nbs/25_cli.ipynb #7854db76
 @data_app.command('check')
 def data_check(name:Annotated[str, typer.Argument(help='refcoco, refcoco+, refcocog, refshapes …')], root:Data, by:By=None):
-    "Verify a data set and print its statistics beside the published ones."
+    "Verify a data set and show its statistics. The published counts stand beside ours; exit status 1 where something is wrong."
     from lts_nb.refer import Refer, check_dataset
     table, problems = check_dataset(Refer(root, name, by))
     typer.echo(table.to_string())
     for note in table.attrs.get('notes', []): typer.echo(f'note: {note}')
     for problem in problems: typer.echo(f'PROBLEM: {problem}', err=True)
-    typer.echo(f'{len(problems)} problems.')
+    typer.echo(f'{len(problems)} problem{"s"*(len(problems) != 1)}.')
     raise typer.Exit(1 if problems else 0)
 
 # %% ../nbs/25_cli.ipynb #b7373e10
@@ -110,16 +112,17 @@ def score(file:Annotated[Path, typer.Argument(help='Predictions: [{"sent_id": �
 def _metrics(metrics):
     return '\n'.join(f'{k:9} {"–" if v is None else v if k == "n" else f"{v:.2f}"}' for k, v in metrics.items())
 
-# %% ../nbs/25_cli.ipynb #9d0fcaeb
+# %% ../nbs/25_cli.ipynb #d645912d
 @app.command()
 def predict(run:Annotated[Path, typer.Option(help="A run's folder: DIR/runs/<run>")], image:Annotated[Path, typer.Option()], expression:Annotated[str, typer.Option()],
             out:Annotated[Path, typer.Option(help='The mask, a .png; an overlay and the prior are written beside it.')], root:Root=None):
     "Segment what a sentence means in a picture."
-    from lts_nb.predict import load_run, predict_file, unknown_words
-    for f in predict_file(run, image, expression, out, root): typer.echo(str(f))
-    if strange := unknown_words(load_run(run, root), expression): typer.echo(f'Words the run never met: {", ".join(strange)}', err=True)
+    from lts_nb.predict import load_run, predict_file, reading_notes
+    opened = load_run(run, root)
+    for f in predict_file(opened, image, expression, out): typer.echo(str(f))
+    for note in reading_notes(opened, expression): typer.echo(f'note: {note}', err=True)
 
-# %% ../nbs/25_cli.ipynb #9b99cfec
+# %% ../nbs/25_cli.ipynb #418e65f3
 @app.callback(invoke_without_command=True)
 def _version(version:Annotated[bool, typer.Option('--version', help='Print the version.')]=False):
     if version:
@@ -127,12 +130,22 @@ def _version(version:Annotated[bool, typer.Option('--version', help='Print the v
         typer.echo(__version__)
         raise typer.Exit()
 
+# %% ../nbs/25_cli.ipynb #a3f80208
+def _disk_failure(e):
+    "Is it the disk's refusal, which its user can mend?"
+    return e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
 def main():
     "Run the command line; a failure that a user can mend is one sentence."
     try: app()
-    except KitError as e:
-        print(f'lts: {e}', file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print('\nlts: interrupted; the same command goes on where it stopped.', file=sys.stderr)
-        sys.exit(130)
+    except KitError as e: _stop(str(e), 2)
+    except OSError as e:
+        if not _disk_failure(e): raise
+        _stop(str(disk_error(e, e.filename or os.getcwd())), 2)
+    except SystemExit as e:
+        if e.code != 130: raise
+        _stop('interrupted; the same command goes on where it stopped.', 130)
+
+def _stop(sentence, status):
+    print(f'lts: {sentence}', file=sys.stderr)
+    sys.exit(status)

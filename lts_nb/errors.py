@@ -10,7 +10,7 @@ import difflib, errno, os, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/01_errors.ipynb #98d6b6e1
+# %% ../nbs/01_errors.ipynb #bd8ce0a6
 class KitError(Exception):
     "A failure that a user can mend: what is wrong, where, and how to mend it."
     def __init__(self,
@@ -21,6 +21,7 @@ class KitError(Exception):
         self.what, self.where, self.mend = what, str(where), mend
         place = f' ({self.where})' if self.where else ''
         super().__init__(f'{what}{place}.' + (f' {mend}.' if mend else ''))
+    def __reduce__(self): return KitError, (self.what, self.where, self.mend)
 
 # %% ../nbs/01_errors.ipynb #6c7e8bd2
 def unknown_name(

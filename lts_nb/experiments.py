@@ -57,13 +57,13 @@ def rows()->pd.DataFrame: # table, row, experiment, dataset (the paper's), split
     noseg = frame.experiment.map(lambda e: EXPERIMENTS[e].get('model', {}).get('seg') is False)
     return frame.assign(blind=noseg.map({True: 'blind-noseg', False: 'blind'}))
 
-# %% ../nbs/19_experiments.ipynb #5b7a8c7f
+# %% ../nbs/19_experiments.ipynb #ef451c80
 SHAPES = {'refcoco': 'refshapes', 'refcoco+': 'refshapes+', 'refcocog': 'refshapesg'}
 PAPER = {'refcoco': 'refcoco', 'refcoco+': 'refcoco+', 'refcocog': 'refcocog'}
 MAX_LEN = {'refcoco': 15, 'refcoco+': 15, 'refcocog': 20}
 FULL = dict(lr=1e-3, batch=18, epochs=45, decay=30, epoch_refs=None, all_sentences=False, weight_decay=0., lam=.1, reduction='sum', downsample='nearest-exact')
-CPU = dict(device='cpu', precision='no', threads=1, workers=0, score_batch=64, cache_gb=8)
-GPU = dict(device='auto', precision='bf16', threads=4, workers=6, score_batch=64, cache_gb=64, keep_cache=False)
+CPU = dict(device='cpu', precision='no', threads=1, workers=0, pretrain_workers=1, score_batch=64, cache_gb=8)
+GPU = dict(device='auto', precision='bf16', threads=4, workers=6, pretrain_workers=6, score_batch=64, cache_gb=64, keep_cache=False)
 
 # %% ../nbs/19_experiments.ipynb #d754a0e0
 SMALL_SIZES = (32, 64, 96, 128, 160, 192)   # multiples of 32: no row of Table 6 differs by a rounded grid

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LiveFeatures', 'CachedFeatures', 'feature_key', 'cache_bytes', 'build_features']
 
-# %% ../nbs/17_features.ipynb #be0c1a39
-import hashlib, json, shutil
+# %% ../nbs/17_features.ipynb #249061d6
+import hashlib, json, os, shutil
 from pathlib import Path
 import numpy as np, torch
 from filelock import FileLock
@@ -104,7 +104,12 @@ def build_features(
             part.rename(done)
     return CachedFeatures(done, source.device)
 
-# %% ../nbs/17_features.ipynb #b806b52e
+# %% ../nbs/17_features.ipynb #45af581c
+def _reserve(path):
+    "Take a file's whole size on the disk now; OSError where there is no room."
+    with open(path, 'r+b') as f:
+        if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+
 def _write_maps(part, source, image_ids, batch, progress):
     "Fill the three maps in place; `progress.json` says how many images are finished."
     shapes = [tuple(m.permute(0, 2, 3, 1).shape[1:]) for m in source.of_images(torch.zeros(1, 3, source.size, source.size))]
@@ -113,6 +118,7 @@ def _write_maps(part, source, image_ids, batch, progress):
     part.mkdir(exist_ok=True)
     files = [part/f'v{k}.npy' for k in (1, 2, 3)]
     maps = [np.lib.format.open_memmap(f, 'r+' if start else 'w+', np.float16, None if start else (len(image_ids), *s)) for f, s in zip(files, shapes)]
+    for f in files: _reserve(f)
     for i in tqdm(range(start, len(image_ids), batch), desc=f'features at {source.size}', unit='batch', disable=not progress, leave=False):
         for m, f in zip(maps, source(image_ids[i:i + batch])):
             m[i:i + len(f)] = f.permute(0, 2, 3, 1).float().cpu().numpy()

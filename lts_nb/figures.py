@@ -159,7 +159,7 @@ def filter_curve(
     n = frame.row.str.extract(r'n=(\d)')[0].astype(float)
     return _curve(frame, {'paper': n, 'ours': n}, 'number of filterings n')
 
-# %% ../nbs/21_figures.ipynb #02226816
+# %% ../nbs/21_figures.ipynb #c0f4832a
 def table2_bars(
     frame:pd.DataFrame,  # `tables.paper_table('2', …)`
     split:str='val',     # the split that §4.4 argues with
@@ -170,7 +170,8 @@ def table2_bars(
     with matplotlib.rc_context(_style):
         fig, ax = plt.subplots(figsize=(7, 3), layout='constrained')
         sns.barplot(long, y='row', x='IoU', hue='whose', palette='colorblind', ax=ax)
-        ax.scatter(f.ceiling, np.arange(len(f)) + .2, marker='|', s=60, color='black', label='our ceiling')
+        known = f.ceiling.notna().to_numpy()
+        if known.any(): ax.scatter(f.ceiling[known].astype(float), np.flatnonzero(known) + .2, marker='|', s=60, color='black', label='our ceiling')
         ax.set(ylabel='', xlabel='IoU (%)', title=f'Table 2, {split}', xlim=(0, 100))
         ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
     return fig

@@ -72,7 +72,7 @@ def terminate_as_interrupt():
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/15_fit.ipynb #398dff64
+# %% ../nbs/15_fit.ipynb #c2cc32d2
 def fit(
     model:torch.nn.Module, # all that trains
     loss_of,               # batch -> (loss, {name: part})
@@ -80,8 +80,7 @@ def fit(
     epochs:int,            # 45 in the paper
     lr:float=1e-3,         # the paper's
     decay:int=30,          # epoch at which the rate falls to a tenth; the paper's
-    checkpoint=None,       # file to continue from and to write; None: keep nothing
-    config=None,           # what a checkpoint must have been made with
+    checkpoint=None, config=None, # file to continue from and to write (None: keep nothing), and the configuration it must be of
     accelerator=None,      # device and precision; CPU in fp32 where not given
     weight_decay:float=0., # MCN: 5e-4; the paper is silent
     every:float=60.,       # seconds between two checkpoints
@@ -93,16 +92,14 @@ def fit(
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
     progress = _resume(checkpoint, config, model, optimizer) or dict(epoch=0, step=0, sums={}, samples=0, seconds=0., history=[])
     model, optimizer = acc.prepare(model, optimizer)
-    save = lambda: checkpoint and save_checkpoint(checkpoint, acc.unwrap_model(model), optimizer, progress, config)
+    save = _Saver(every, lambda: checkpoint and save_checkpoint(checkpoint, acc.unwrap_model(model), optimizer, progress, config))
     def one(epoch):
         for group in optimizer.param_groups: group['lr'] = learning_rate(lr, decay, epoch)
-        _run_epoch(acc, model, optimizer, loss_of, batches(epoch, progress['step']), progress, save, every, f'{desc} {epoch + 1}/{epochs}')
-        _close_epoch(progress, learning_rate(lr, decay, epoch))
-        if after_epoch: after_epoch(epoch, progress['history'])
-    _until_done(one, progress, epochs, save)
-    return progress['history']
+        _run_epoch(acc, model, optimizer, loss_of, batches(epoch, progress['step']), progress, save, f'{desc} {epoch + 1}/{epochs}')
+        _close_epoch(progress, learning_rate(lr, decay, epoch), after_epoch)
+    return _until_done(one, progress, epochs, save)
 
-# %% ../nbs/15_fit.ipynb #996507ae
+# %% ../nbs/15_fit.ipynb #e197f21d
 def _until_done(one, progress, epochs, save):
     "Run the remaining epochs; keep a checkpoint at the end and when interrupted."
     with terminate_as_interrupt():
@@ -110,6 +107,17 @@ def _until_done(one, progress, epochs, save):
             for epoch in range(progress['epoch'], epochs): one(epoch)
         except KeyboardInterrupt: save(); raise
     save()
+    return progress['history']
+
+# %% ../nbs/15_fit.ipynb #118c32ba
+class _Saver:
+    "Calls `write` now, or when more than `every` seconds have passed since it last did."
+    def __init__(self, every, write): self.every, self.write, self.last = every, write, time.monotonic()
+    def __call__(self):
+        self.write()
+        self.last = time.monotonic()
+    def when_due(self):
+        if time.monotonic() - self.last > self.every: self()
 
 # %% ../nbs/15_fit.ipynb #7f7104fc
 @contextmanager
@@ -125,11 +133,10 @@ def _undivided():
         for s, handler in before.items(): signal.signal(s, handler)
     if caught: raise KeyboardInterrupt
 
-# %% ../nbs/15_fit.ipynb #d75b6ded
-def _run_epoch(acc, model, optimizer, loss_of, batches, progress, save, every, desc):
+# %% ../nbs/15_fit.ipynb #79008575
+def _run_epoch(acc, model, optimizer, loss_of, batches, progress, save, desc):
     "One pass over an epoch's remaining batches; `progress` counts every finished step."
     model.train()
-    saved = time.monotonic()
     bar = tqdm(batches, desc=desc, unit='batch', leave=False, initial=progress['step'], total=progress['step'] + len(batches))
     for batch in bar:
         began = time.monotonic()
@@ -142,9 +149,9 @@ def _run_epoch(acc, model, optimizer, loss_of, batches, progress, save, every, d
             optimizer.step()
             _count(progress, values, batch, time.monotonic() - began)
         bar.set_postfix(loss=f"{values['loss']:.3g}", refresh=False)
-        if time.monotonic() - saved > every: save(); saved = time.monotonic()
+        save.when_due()
 
-# %% ../nbs/15_fit.ipynb #a985dd16
+# %% ../nbs/15_fit.ipynb #a653c539
 def _count(progress, values, batch, seconds):
     "Add a finished step to the epoch's sums."
     n = len(batch['rows'])
@@ -153,12 +160,14 @@ def _count(progress, values, batch, seconds):
     progress['samples'] += n
     progress['seconds'] += seconds
 
-def _close_epoch(progress, lr):
+# %% ../nbs/15_fit.ipynb #8ea59e9c
+def _close_epoch(progress, lr, after_epoch):
     "Turn the epoch's sums into a row of the history and start the next."
     n = max(progress['samples'], 1)
     progress['history'].append(dict(epoch=progress['epoch'] + 1, **{k: v/n for k, v in progress['sums'].items()},
                                     lr=lr, samples=progress['samples'], seconds=round(progress['seconds'], 3)))
     progress.update(epoch=progress['epoch'] + 1, step=0, sums={}, samples=0, seconds=0.)
+    if after_epoch: after_epoch(progress['epoch'] - 1, progress['history'])
 
 def _not_finite(values, progress):
     raise KitError(f"the loss became {values['loss']} in epoch {progress['epoch'] + 1}, step {progress['step'] + 1}", values,

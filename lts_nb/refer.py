@@ -184,11 +184,11 @@ def decode_segmentation(
     if not mask.any(): raise KitError('the mask is empty')
     return mask
 
-# %% ../nbs/02_refer.ipynb #cf6eeb76
+# %% ../nbs/02_refer.ipynb #b0c5036d
 def _how_to_get(dataset, root):
     "The command that brings a dataset's files to `root`."
     if dataset.startswith('refshapes'): return f'Make it: lts data make {dataset} --root {root}'
-    return f'Fetch it: lts data fetch {dataset} --root {root}'
+    return 'data/README.md says where to get it and where to put it'
 
 def _refs_path(root, dataset, by):
     "Where a dataset's refs are; `KitError` names what is missing."

@@ -406,7 +406,7 @@ def _number(refs):
         ref['sent_ids'] = [s['sent_id'] for s in ref['sentences']]
     return refs
 
-# %% ../nbs/03_shapes.ipynb #0112c5be
+# %% ../nbs/03_shapes.ipynb #eabe3386
 def _write_sets(root, rows):
     "The three sets' files from all images' rows; their fingerprints."
     instances = dict(info={'description': 'RefShapes'}, licenses=[], images=[r[0] for r in rows], annotations=[a for r in rows for a in r[1]],
@@ -418,6 +418,7 @@ def _write_sets(root, rows):
         prints[name] = _digest(pixels, refs, instances['annotations'])
     return prints
 
+# %% ../nbs/03_shapes.ipynb #0d2fce85
 def make_family(
     root,              # folder to fill: images/refshapes and one folder a set
     recipe:Recipe=Recipe(), # what to make

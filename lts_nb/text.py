@@ -108,7 +108,7 @@ def _copy_needed(path, vocab, dim, out):
     _check_line(line, dim, path, number)
     return copied
 
-# %% ../nbs/04_text.ipynb #cee78b7f
+# %% ../nbs/04_text.ipynb #1a48200a
 @contextlib.contextmanager
 def _torchtext_manners():
     "Keep torchtext's progress bar quiet and put back the certificate check that it switches off."
@@ -125,7 +125,7 @@ def _read_vectors(path, vocab, dim):
             with open(f'{d}/vectors.txt', 'wb') as out: copied = _copy_needed(path, vocab, dim, out)
             if not copied: return None
             with _torchtext_manners(): return Vectors(f'{d}/vectors.txt', cache=d)
-    except FileNotFoundError: raise KitError('the vectors file is missing', path, 'Fetch it: lts data fetch glove') from None
+    except FileNotFoundError: raise KitError('the vectors file is missing', path, 'data/README.md says where to get it and where to put it') from None
     except OSError as e: raise KitError(f'the vectors file cannot be read: {e.strerror}', path) from e
 
 # %% ../nbs/04_text.ipynb #841562fa

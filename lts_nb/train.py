@@ -381,7 +381,7 @@ def ensure_data(
     "Make a run's RefShapes family where it is missing."
     if recipe := recipe_of(config): make_family(root, recipe, workers)
 
-# %% ../nbs/18_train.ipynb #a1a50d90
+# %% ../nbs/18_train.ipynb #bf6ff4dc
 FAMILY_SETS = ('refshapes', 'refshapes+', 'refshapesg')
 
 def ensure_backbone(
@@ -391,7 +391,7 @@ def ensure_backbone(
     "Pretrain a run's backbone where its weights are missing; KitError where they can only be fetched."
     path, b = shared_backbone(config, out, root), config['backbone']
     if path.exists(): return []
-    if b['weights'] != 'pretrained': raise KitError('the backbone weights are missing', path, f'Fetch them: lts data fetch darknet --root {root}')
+    if b['weights'] != 'pretrained': raise KitError('the backbone weights are missing', path, 'data/README.md says where to get them and where to put them')
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise disk_error(e, path.parent) from e
     with FileLock(path.with_suffix('.lock')):
@@ -401,7 +401,7 @@ def ensure_backbone(
         net = Darknet53(b['width'], tuple(b['depths']), b['neck'])
         keys = ('images', 'batch', 'lr', 'epochs', 'decay', 'seed', 'sizes')
         history = pretrain([Refer(root, d) for d in FAMILY_SETS], net, **{k: p[k] for k in keys},
-                           workers=config['compute']['workers'], checkpoint=path.with_suffix('.pt'), accelerator=acc)
+                           workers=config['compute']['pretrain_workers'], checkpoint=path.with_suffix('.pt'), accelerator=acc)
         save_backbone(net, path)
         write_text(path.with_suffix('.json'), json.dumps(dict(backbone=b, history=history), indent=1))
     return history

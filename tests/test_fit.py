@@ -1,0 +1,82 @@
+"""The loop and the feature cache under bad luck: a loss that is not finite, a damaged checkpoint, a full disk."""
+import errno
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from lts_nb import features
+from lts_nb.darknet import Darknet53, split_backbone
+from lts_nb.errors import KitError, atomic_path
+from lts_nb.features import LiveFeatures, build_features
+from lts_nb.fit import fit, load_checkpoint
+from lts_nb.refer import Refer
+
+
+def train(path, bad_at=None, config='a'):
+    torch.manual_seed(0)
+    net, seen = nn.Linear(4, 1), [0]
+    def batches(epoch, skip): return [dict(x=torch.full((2, 4), float(epoch + i)), rows=[0, 1]) for i in range(4)][skip:]
+    def loss_of(b):
+        seen[0] += 1
+        return net(b['x']).square().mean()*(float('nan') if seen[0] == bad_at else 1), {}
+    return net, fit(net, loss_of, batches, epochs=3, decay=2, lr=1e-3, checkpoint=path, config=config, every=0)
+
+
+def test_nan_stops_with_a_sentence_and_keeps_the_last_good_step(tmp_path):
+    with pytest.raises(KitError, match='the loss became nan in epoch 2, step 3'): train(tmp_path/'c.pt', bad_at=7)
+    kept = torch.load(tmp_path/'c.pt', weights_only=True)
+    assert all(torch.isfinite(v).all() for v in kept['model'].values())
+    assert (kept['progress']['epoch'], kept['progress']['step']) == (1, 2)
+
+
+def test_damaged_checkpoint_is_a_sentence(tmp_path):
+    train(tmp_path/'c.pt')
+    whole = (tmp_path/'c.pt').read_bytes()
+    for cut in (0, 10, len(whole)//2, len(whole) - 1):
+        (tmp_path/'c.pt').write_bytes(whole[:cut])
+        with pytest.raises(KitError, match='checkpoint'): load_checkpoint(tmp_path/'c.pt', 'a')
+
+
+def test_another_configuration_is_set_aside_not_overwritten(tmp_path):
+    train(tmp_path/'c.pt')
+    before = (tmp_path/'c.pt').read_bytes()
+    train(tmp_path/'c.pt', config='b')
+    aside = [f for f in tmp_path.glob('c.*.pt')]
+    assert len(aside) == 1 and aside[0].read_bytes() == before
+    assert load_checkpoint(tmp_path/'c.pt', 'b')['epoch'] == 3
+
+
+def test_checkpoints_come_by_the_clock_also_when_epochs_are_short(tmp_path, monkeypatch):
+    now, seen = [0.], []
+    monkeypatch.setattr('lts_nb.fit.time.monotonic', lambda: now[0])
+    net = nn.Linear(4, 1)
+    def loss_of(b):
+        now[0] += 10
+        seen.append((tmp_path/'c.pt').exists())
+        return net(torch.ones(2, 4)).square().mean(), {}
+    fit(net, loss_of, lambda epoch, skip: [dict(rows=[0, 1])]*2, epochs=10, checkpoint=tmp_path/'c.pt', every=60)
+    assert seen.index(True) == 7, 'epochs of 20 seconds, a checkpoint after a minute'
+
+
+def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path, monkeypatch):
+    (tmp_path/'a').write_text('old')
+    with pytest.raises(KitError, match='no space'):
+        with atomic_path(tmp_path/'a') as tmp:
+            tmp.write_text('new')
+            monkeypatch.setattr(os, 'fsync', full)
+    assert (tmp_path/'a').read_text() == 'old' and [f.name for f in tmp_path.iterdir()] == ['a']
+
+
+def test_full_disk_while_features_are_written(tiny_family, tmp_path, monkeypatch):
+    frozen, _ = split_backbone(Darknet53(.125, (1, 1, 1, 1, 1), False), 0)
+    refer = Refer(tiny_family, 'refshapes')
+    monkeypatch.setattr(features, '_reserve', full)
+    with pytest.raises(KitError, match='no space'): build_features(tmp_path, LiveFeatures(refer, frozen, 64), sorted(refer.images), 'k', progress=False)
+    monkeypatch.undo()
+    made = build_features(tmp_path, LiveFeatures(refer, frozen, 64), sorted(refer.images), 'k', progress=False)
+    assert made([1])[0].shape[0] == 1
