@@ -7,14 +7,14 @@ __all__ = ['KIT', 'default_out', 'default_root', 'committed', 'make_plan', 'run_
            'missing_inputs', 'failure_of', 'release_features', 'reproduce', 'make_report']
 
 # %% ../nbs/23_batch.ipynb #b8162705
-import json, os, re, shutil, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from .errors import KitError, disk_error, write_text
-from .experiments import TABLES, module_closure, module_hashes, preset_of, rows, runs_for
-from .train import ensure_data, recipe_of, shared_backbone
+from .experiments import TABLES, module_closure, module_hashes, preset_of, runs_for
+from .train import ensure_data, shared_backbone
 
 # %% ../nbs/23_batch.ipynb #ff40d55a
 KIT = Path(__file__).resolve().parents[1] if '__file__' in globals() else Path.cwd().resolve().parent
@@ -246,7 +246,7 @@ def make_report(out, plan, failed=()):
     command = [sys.executable, '-m', 'papermill', str(KIT/'nbs'/'runs'/'report.ipynb'), str(out/'report.ipynb'), '--cwd', str(KIT/'nbs'/'runs'), '-k', 'python3',
                '--no-progress-bar', '-p', 'out', str(out), '-p', 'preset', plan['preset'], '-y', json.dumps(dict(tables=plan['tables'], failed=list(failed)))]
     with open(out/'report.log', 'w') as log: status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    if status: raise KitError('the report could not be made; the runs are kept', out/'report.ipynb', f'Read that notebook, then run the same command again')
+    if status: raise KitError('the report could not be made; the runs are kept', out/'report.ipynb', 'Read that notebook, then run the same command again')
     write_text(stamp, json.dumps(key))
 
 def _say_where(out, preset):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np, torch
 from filelock import FileLock
 from tqdm.auto import tqdm
-from .errors import KitError, atomic_path, disk_error, write_text
+from .errors import KitError, disk_error, write_text
 from .letterbox import letterbox_image
 
 # %% ../nbs/17_features.ipynb #7747f5d4

@@ -7,8 +7,6 @@ __all__ = ['pretraining_images', 'class_names', 'class_maps', 'cell_places', 'Ce
            'save_backbone', 'load_backbone']
 
 # %% ../nbs/16_pretrain.ipynb #85a0b819
-import json
-from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset

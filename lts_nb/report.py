@@ -10,10 +10,9 @@ __all__ = ['STYLE', 'PAGE', 'TITLES', 'HOW_TO_READ', 'wanted_rows', 'missing_run
 import base64, json
 from pathlib import Path
 import jinja2, pandas as pd
-from .errors import KitError, disk_error, write_text
+from .errors import write_text
 from .experiments import FROZEN, preset_of, rows, run_name
 from .figures import figure4, figure5, filter_curve, load_examples, resolution_curve, save_figure, table2_bars, training_curves
-from .paper import dataset_titles
 from .tables import (intervals_frame, load_results, orderings, paper_table, results_frame, seg_grid_share, table_blocks, write_csv, write_table)
 
 # %% ../nbs/22_report.ipynb #9c5b55b4

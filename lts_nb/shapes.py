@@ -8,7 +8,7 @@ __all__ = ['NOUNS', 'CATEGORIES', 'COLOURS', 'SIZES', 'PATTERNS', 'OUTLINES', 'S
            'fingerprint']
 
 # %% ../nbs/03_shapes.ipynb #58693b88
-import hashlib, io, json, math, re
+import hashlib, json, math, re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image as PILImage
 from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
-from .errors import KitError, atomic_path, disk_error, write_text
+from .errors import KitError, disk_error, write_text
 from .refer import Refer, write_refer
 
 # %% ../nbs/03_shapes.ipynb #646c2ee0

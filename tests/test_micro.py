@@ -1,5 +1,4 @@
 """Genuine expressions on genuine photographs: the whole model can fit 45 of them, scored at the original size."""
-import numpy as np
 import torch
 from torch import nn
 
@@ -11,7 +10,7 @@ from lts_nb.losses import lts_loss
 from lts_nb.lts import LTS, LTSConfig
 from lts_nb.refer import Refer
 from lts_nb.text import build_vocab, tokenize
-from lts_nb.train import evaluate, loader, split_metrics
+from lts_nb.train import evaluate, split_metrics
 
 SIZE, EPOCHS = 160, 60
 

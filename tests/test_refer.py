@@ -6,7 +6,6 @@ import PIL.Image
 import pytest
 from hypothesis import given, settings, strategies as st
 from pycocotools import mask as coco_mask
-from lts_nb import refer as R
 from lts_nb.errors import KitError
 from lts_nb.refer import Refer, check_dataset, decode_rle, decode_segmentation, load_restricted_pickle, write_refer
 
