@@ -47,12 +47,11 @@ def _expression(ax, text):
     ax.axis('off')
     ax.text(.5, .5, _caption(text), ha='center', va='center', fontsize=8, transform=ax.transAxes, parse_math=False)
 
-# %% ../nbs/21_figures.ipynb #ea85c00d
-def _paint(image, mask, colour=(255, 50, 90), strength=.55):
-    "The picture with a mask painted over it."
-    out = image.astype(float)
-    out[mask] = (1 - strength) * out[mask] + strength * np.array(colour)
-    return out.round().astype(np.uint8)
+# %% ../nbs/21_figures.ipynb #6e3a2339
+def _cut_out(image, mask, grey=235):
+    "The picture where the mask is, pale grey where it is not."
+    pale = grey - (255 - image.mean(-1, keepdims=True)) * .2
+    return np.where(mask[..., None], image, pale.round()).astype(np.uint8)
 
 def _grid(rows, columns):
     "A figure of pictures: rows of samples, the heads of the columns given."
@@ -60,7 +59,7 @@ def _grid(rows, columns):
     for ax, name in zip(axes[0], columns): ax.set_title(name, fontsize=8)
     return fig, axes
 
-# %% ../nbs/21_figures.ipynb #e755ef96
+# %% ../nbs/21_figures.ipynb #e32a626b
 def figure4(
     examples:list,   # from `load_examples`, at least one
 ):                   # matplotlib Figure: expression · image · prior over the image · prediction · truth
@@ -72,11 +71,10 @@ def figure4(
         for a in ax[1:3]: a.imshow(e['image'])
         if e['prior'] is not None: ax[2].imshow(e['prior'], cmap='turbo', alpha=.55, vmin=0, vmax=max(float(e['prior'].max()), 1e-6))
         else: ax[2].text(.5, .5, 'no prior', ha='center', transform=ax[2].transAxes, fontsize=8)
-        ax[3].imshow(_paint(e['image'], e['prediction']))
-        ax[4].imshow(_paint(e['image'], e['truth'], (60, 220, 90)))
+        for a, mask in zip(ax[3:], ('prediction', 'truth')): a.imshow(_cut_out(e['image'], e[mask]))
     return fig
 
-# %% ../nbs/21_figures.ipynb #7f513cce
+# %% ../nbs/21_figures.ipynb #3a8f1aa6
 figure5_columns = {'fusion-filter': '(b) w/o Seg', 'filter-seg': '(c) w/o Fusion', 'fusion-seg': '(d) w/o Filter', 'lts': 'full LTS'}
 
 def figure5(
@@ -90,10 +88,10 @@ def figure5(
     for ax, (sent_id, e) in zip(axes, first.items()):
         for a in ax[1:]: _image_axes(a, a.get_title())
         _expression(ax[0], e['expression'])
-        ax[1].imshow(e['image']); ax[-1].imshow(_paint(e['image'], e['truth'], (60, 220, 90)))
+        ax[1].imshow(e['image']); ax[-1].imshow(_cut_out(e['image'], e['truth']))
         for a, experiment in zip(ax[2:], figure5_columns):
             got = by.get(experiment, {}).get(sent_id)
-            if got: a.imshow(_paint(e['image'], got['prediction']))
+            if got: a.imshow(_cut_out(e['image'], got['prediction']))
             else: a.text(.5, .5, 'not run', ha='center', transform=a.transAxes, fontsize=8)
     return fig
 
