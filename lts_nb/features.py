@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['LiveFeatures', 'CachedFeatures', 'feature_key', 'cache_bytes', 'build_features']
 
-# %% ../nbs/17_features.ipynb #249061d6
+# %% ../nbs/17_features.ipynb #92a0b874
 import hashlib, json, os, shutil
 from pathlib import Path
 import numpy as np, torch
 from filelock import FileLock
 from tqdm.auto import tqdm
+from .darknet import fold_batch_norm
 from .errors import KitError, disk_error, write_text
 from .letterbox import letterbox_image
 
-# %% ../nbs/17_features.ipynb #7747f5d4
+# %% ../nbs/17_features.ipynb #3e81ef5a
 class LiveFeatures:
     "Features computed when asked for."
     def __init__(self,
@@ -23,7 +24,9 @@ class LiveFeatures:
         size:int,            # side of the letterboxed input
         device='cpu',
         stretch:bool=False,
-    ): self.refer, self.backbone, self.size, self.device, self.stretch = refer, backbone.to(device), size, device, stretch
+    ):
+        self.refer, self.size, self.device, self.stretch = refer, size, device, stretch
+        self.backbone = fold_batch_norm(backbone).to(device, memory_format=torch.channels_last)
 
     def images(self,
         image_ids,   # B ids
@@ -60,7 +63,7 @@ class CachedFeatures:
         at = [self.index[i] for i in image_ids]
         return tuple(torch.from_numpy(m[at]).to(self.device).float().permute(0, 3, 1, 2) for m in self.maps)
 
-# %% ../nbs/17_features.ipynb #3730902d
+# %% ../nbs/17_features.ipynb #6eac0ef7
 def feature_key(
     fingerprint:str,    # of the data set
     backbone:torch.nn.Module, # its weights decide the features
@@ -68,7 +71,7 @@ def feature_key(
     stretch:bool=False,
 )->str:                 # name of the cache's folder
     "What decides the features, as a short name."
-    h = hashlib.sha256(f'{fingerprint} {size} {stretch}'.encode())
+    h = hashlib.sha256(f'{fingerprint} {size} {stretch} folded'.encode())
     for name, p in sorted(backbone.state_dict().items()): h.update(name.encode() + p.detach().cpu().numpy().tobytes())
     return f'{size}-{h.hexdigest()[:12]}'
 
@@ -81,14 +84,14 @@ def cache_bytes(
     with torch.no_grad(): maps = source.of_images(torch.zeros(1, 3, source.size, source.size))
     return 2*n*sum(m.numel() for m in maps)
 
-# %% ../nbs/17_features.ipynb #3c4ef5ee
+# %% ../nbs/17_features.ipynb #1d0e367f
 def build_features(
     folder,               # where caches are kept; this one gets a folder below
     source:LiveFeatures,  # computes them
     image_ids,            # images to compute
     key:str,              # from `feature_key`
     bound:int=64 << 30,   # largest cache, bytes; beyond it features stay live
-    batch:int=64,
+    batch:int=16,         # images at once: their maps stay in a core's cache
     progress:bool=True,
 ):                        # CachedFeatures, or `source` itself where there is no room
     "Features of all images on disk; goes on where an interrupted call stopped."

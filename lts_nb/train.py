@@ -33,14 +33,15 @@ from .refer import Refer
 from .shapes import FAMILY, Recipe, fingerprint, make_family, read_manifest
 from .text import Vocab, build_vocab, load_vectors
 
-# %% ../nbs/18_train.ipynb #f577e094
+# %% ../nbs/18_train.ipynb #fd3fc2da
 def set_up(
     compute:dict,  # device 'cpu' | 'auto', precision 'no' | 'bf16' | 'fp16', threads
     seed:int,      # of everything that is drawn
 )->Accelerator:
     "Device, precision, threads, determinism and seed of a run."
     torch.set_num_threads(compute['threads'])
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode('warn')              # as use_deterministic_algorithms, without importing the compiler (2 s)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # what is never read need not be filled
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.manual_seed(seed)
     AcceleratorState._reset_state(reset_partial_state=True)

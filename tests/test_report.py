@@ -28,7 +28,7 @@ def test_missing_seeds_are_named(two_seeds):
 def test_page_says_where_a_configuration_departs(two_seeds):
     report.write_report(two_seeds, 'smoke', ['5'])
     page = (two_seeds/'index.html').read_text()
-    row = re.search(r'<td>lts-n2-refshapes-smoke-s0</td><td>([^<]*model\.n=2[^<]*)</td>', page)
+    row = re.search(r'<td>lts-n2-refshapes-smoke-s0</td><td class="t">([^<]*model\.n=2[^<]*)</td>', page)
     assert row and 'threads' not in row[1], 'how many threads ran it is no part of what was run'
 
 
