@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KIT', 'default_out', 'default_root', 'committed', 'make_plan', 'run_state', 'known_seconds', 'plan', 'describe_plan',
-           'missing_inputs', 'failure_of', 'release_features', 'reproduce', 'make_report']
+           'missing_inputs', 'seconds_left', 'failure_of', 'release_features', 'reproduce', 'make_report']
 
-# %% ../nbs/25_batch.ipynb #b8162705
+# %% ../nbs/25_batch.ipynb #3154d2c8
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd
@@ -132,18 +132,19 @@ def _open_folder(out):
     except Timeout: print(f'Another `lts` is at work in {out}; waiting for it.', flush=True); lock.acquire()
     return lock
 
-# %% ../nbs/25_batch.ipynb #0ec2d487
+# %% ../nbs/25_batch.ipynb #921ae7ee
 def _command(out, cores, targets=()):
     return [sys.executable, '-m', 'snakemake', '-s', str(KIT/'workflow'/'Snakefile'), '--directory', str(out), '--config', f'plan={out}/plan.json',
             '--cores', str(cores), '--resources', 'gpu=1', '--keep-going', '--rerun-incomplete', '--nolock', '--scheduler', 'greedy', '--quiet', 'rules', *targets]
 
 def _snakemake(out, plan, cores):
     "Run Snakemake with a progress bar; returns when it has ended. Ctrl-C ends it and its jobs."
-    begun, wanted = time.time(), [r['run'] for r in plan['runs']]
-    results = [out/'runs'/run/'result.json' for run in wanted]
+    begun, known = time.time(), known_seconds(plan['preset'], out)
+    results = {r['run']: out/'runs'/r['run']/'result.json' for r in plan['runs']}
+    seconds = {r['run']: known.get((r['experiment'], r['dataset'])) for r in plan['runs']}
     with open(out/'snakemake.log', 'w') as log:
         process = subprocess.Popen(_command(out, cores), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try: _watch(process, results, begun, out)
+        try: _watch(process, results, begun, out, seconds, max(cores//plan['threads'], 1))
         except BaseException:
             os.killpg(process.pid, signal.SIGINT)
             try: process.wait(30)
@@ -151,26 +152,46 @@ def _snakemake(out, plan, cores):
             raise
     return process.returncode
 
-# %% ../nbs/25_batch.ipynb #9b880e22
-def _watch(process, results, begun, out):
-    "Count finished runs until Snakemake ends."
-    pending = not all(r.exists() for r in results)
-    with tqdm(total=len(results), unit='run', desc='runs', disable=not pending and None) as bar:
-        while process.poll() is None:
-            bar.n = sum(r.exists() for r in results)
-            bar.set_postfix_str(_stage(out, begun), refresh=False)
-            bar.refresh()
-            time.sleep(.5)
-        bar.n = sum(r.exists() for r in results); bar.refresh()
+# %% ../nbs/25_batch.ipynb #99147760
+def seconds_left(
+    seconds:dict,    # {run: seconds it took elsewhere, or None}, of all runs of the plan
+    before:set, done:set, # runs that stood when the work began, and that stand now
+    elapsed:float,   # seconds since the first run began
+    jobs:int,        # at a time
+)->float:            # None where nothing is known
+    "How long until the last run ends."
+    known = [s for s in seconds.values() if s]
+    weight = {r: s or (sum(known)/len(known) if known else 1.) for r, s in seconds.items()}
+    finished, left = (sum(weight[r] for r in runs) for runs in (done - before, set(weight) - done))
+    if finished: return elapsed*left/finished
+    return max(left/jobs - elapsed, 0.) if known else None
 
-# %% ../nbs/25_batch.ipynb #c616c372
+# %% ../nbs/25_batch.ipynb #daf3d98e
+def _watch(process, results, begun, out, seconds, jobs):
+    "Count finished runs until Snakemake ends; where nobody watches, a line every half minute is enough."
+    before, first, shown, every = {r for r, f in results.items() if f.exists()}, None, 0., .4 if sys.stderr.isatty() else 30
+    form = '{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}'
+    with tqdm(total=len(results), desc='runs', disable=(before == set(results)) and None, bar_format=form) as bar:
+        while process.poll() is None:
+            done, stage = {r for r, f in results.items() if f.exists()}, _stage(out, begun)
+            if stage and stage not in _SHARED.values(): first = first or time.time()
+            if time.time() - shown > every:
+                left, shown = seconds_left(seconds, before, done, time.time() - first if first else 0., jobs), time.time()
+                bar.set_postfix_str(', '.join(filter(None, ['' if left is None else f'about {left/60:.0f} min left', stage])), refresh=False)
+                bar.n = len(done); bar.refresh()
+            time.sleep(.5)
+        bar.n = sum(f.exists() for f in results.values()); bar.refresh()
+
+# %% ../nbs/25_batch.ipynb #316b274a
+_SHARED = {'data': 'making data', 'pretrain': 'pretraining'}
+
 def _stage(out, begun):
     "What is being made at present, from the newest logs."
     logs = [f for f in [*out.glob('shared/*.log'), *out.glob('runs/*/log.txt')] if f.stat().st_mtime >= begun]
     busy = [f for f in logs if f.name != 'log.txt' or not (f.parent/'result.json').exists()]
     runs = sorted(f.parent.name for f in busy if f.name == 'log.txt')
     if runs: return ', '.join(runs[:3])
-    return {'data': 'making data', 'pretrain': 'pretraining'}.get(max(busy, key=lambda f: f.stat().st_mtime).stem, '') if busy else ''
+    return _SHARED.get(max(busy, key=lambda f: f.stat().st_mtime).stem, '') if busy else ''
 
 # %% ../nbs/25_batch.ipynb #ee00423d
 def failure_of(
@@ -210,7 +231,7 @@ def release_features(
     if all((Path(out)/'runs'/r['run']/'result.json').exists() for r in same):
         for folder in (Path(out)/'shared'/'features').glob(f"{config['data']['size']}-*"): shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/25_batch.ipynb #2227e2ac
+# %% ../nbs/25_batch.ipynb #f6e0c991
 def reproduce(
     preset:str='cpu', tables=None, seeds:int=1, cores=None, out=None, root=None,
 )->int: # exit status: 0, or 1 where a run failed
@@ -226,28 +247,35 @@ def reproduce(
         failed = [r['run'] for r in the_plan['runs'] if not (out/'runs'/r['run']/'result.json').exists()]
         shared = _shared_failure(out, the_plan) if failed else None
         write_text(out/'failed.json', json.dumps(failed))
-        if not shared: make_report(out, the_plan, failed)
+        said = '' if shared else make_report(out, the_plan, failed)
         _say_failures(out, [] if shared else failed, shared)
     finally: lock.release()
+    if said: print(said)
     if not shared: _say_where(out, preset)
     return 1 if failed else 0
 
-# %% ../nbs/25_batch.ipynb #c2b95ae7
+# %% ../nbs/25_batch.ipynb #075e21c7
 def _report_key(plan, out):
     "What decides a report: its results, its code, its plan."
     results = {r['run']: (out/'runs'/r['run']/'result.json').stat().st_mtime_ns for r in plan['runs'] if (out/'runs'/r['run']/'result.json').exists()}
     return json.loads(json.dumps(dict(results=results, modules=module_hashes('report'), tables=plan['tables'], seeds=plan['seeds'])))
 
-def make_report(out, plan, failed=()):
-    "Make the report by its notebook, where anything that it shows has changed."
+def make_report(
+    out, plan:dict,  # the report's folder; its plan
+    failed=(),       # names of runs that failed
+)->str:              # a sentence about the PDF, '' where nothing had changed
+    "Make the report by its notebook, where anything that it shows has changed. KitError where that fails."
+    from lts_nb.report import print_pdf
     out, stamp = Path(out), Path(out)/'report.json'
     key = _report_key(plan, out)
-    if stamp.exists() and (out/'index.html').exists() and json.loads(stamp.read_text()) == key: return
+    if stamp.exists() and (out/'index.html').exists() and json.loads(stamp.read_text()) == key: return ''
     command = [sys.executable, '-m', 'papermill', str(KIT/'nbs'/'runs'/'report.ipynb'), str(out/'report.ipynb'), '--cwd', str(KIT/'nbs'/'runs'), '-k', 'python3',
                '--no-progress-bar', '-p', 'out', str(out), '-p', 'preset', plan['preset'], '-y', json.dumps(dict(tables=plan['tables'], failed=list(failed)))]
     with open(out/'report.log', 'w') as log: status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if status: raise KitError('the report could not be made; the runs are kept', out/'report.ipynb', 'Read that notebook, then run the same command again')
     write_text(stamp, json.dumps(key))
+    try: return print_pdf(out)
+    except KitError as e: return str(e)
 
 def _say_where(out, preset):
     "Where the report is, and where it differs from the committed one beyond its spread."

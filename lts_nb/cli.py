@@ -28,7 +28,7 @@ Root = Annotated[Optional[Path], typer.Option(help="The data's folder; below dat
 Data = Annotated[Path, typer.Option('--root', help='Folder that holds the data sets, as the REFER release lays them out.')]
 By = Annotated[Optional[str], typer.Option(help='Partition: unc, umd or google; the usual one where not given.')]
 
-# %% ../nbs/27_cli.ipynb #edc027c3
+# %% ../nbs/27_cli.ipynb #29c57ba5
 @app.command()
 def reproduce(preset:Preset='cpu', table:Tables=None, seeds:Seeds=1, cores:Cores=None, out:Out=None, root:Root=None):
     "Make tables, figures and the report. Every run that the tables need is brought up to date first."
@@ -46,11 +46,12 @@ def report(preset:Preset='cpu', table:Tables=None, out:Out=None):
     "Write the report from the runs there are. What is missing is named."
     from lts_nb.batch import default_out
     from lts_nb.experiments import runs_for
-    from lts_nb.report import write_report
+    from lts_nb.report import print_pdf, write_report
     runs_for(preset, table)
     folder = out or default_out(preset)
     missing = write_report(folder, preset, table)['missing']
     if missing: typer.echo(f'Not run yet: {", ".join(missing)}')
+    typer.echo(print_pdf(folder))
     typer.echo(f'The report: {folder/"index.html"}')
 
 # %% ../nbs/27_cli.ipynb #33f4a48d

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['Samples']
 
-# %% ../nbs/06_dataset.ipynb #f03cf226
+# %% ../nbs/06_dataset.ipynb #84f491ef
 from collections import Counter
 import numpy as np, torch
 from fastcore.basics import patch
 from .errors import KitError
-from .letterbox import letterbox_geometry, letterbox_mask
-from .losses import downsample_mask
+from .letterbox import letterbox_geometry, letterbox_grid
 from .refer import Refer
 from .text import Vocab, build_vocab, encode, pad_batch
 
@@ -52,16 +51,15 @@ def _others_sentences(rows, ids, seed):
     for target, other in zip(source, taken): out[target] = ids[other]
     return out
 
-# %% ../nbs/06_dataset.ipynb #d3396c85
+# %% ../nbs/06_dataset.ipynb #94ac1d93
 @patch
 def grids(self:Samples,
     ann_id:int,  # the object
 )->tuple:        # (H/4, W/4) and (H/8, W/8) bool arrays
     "An object's mask on the two target grids."
     if ann_id not in self._grids:
-        mask = torch.from_numpy(letterbox_mask(self.refer.mask(ann_id), self.size, self.stretch))
-        fine, coarse = (downsample_mask(mask, (self.size//s, self.size//s), how=self.downsample).numpy() for s in (4, 8))
-        self._grids[ann_id] = np.packbits(fine > 0), np.packbits(coarse > 0)
+        mask, corner = self.refer.mask(ann_id), self.downsample == 'nearest'
+        self._grids[ann_id] = tuple(np.packbits(letterbox_grid(mask, self.size, self.size//s, self.stretch, corner)) for s in (4, 8))
     return tuple(np.unpackbits(bits, count=(self.size//s)**2).reshape(self.size//s, -1).astype(bool)
                  for bits, s in zip(self._grids[ann_id], (4, 8)))
 

@@ -57,12 +57,12 @@ def rows()->pd.DataFrame: # table, row, experiment, dataset (the paper's), split
     noseg = frame.experiment.map(lambda e: EXPERIMENTS[e].get('model', {}).get('seg') is False)
     return frame.assign(blind=noseg.map({True: 'blind-noseg', False: 'blind'}))
 
-# %% ../nbs/19_experiments.ipynb #ef451c80
+# %% ../nbs/19_experiments.ipynb #fd409f66
 SHAPES = {'refcoco': 'refshapes', 'refcoco+': 'refshapes+', 'refcocog': 'refshapesg'}
 PAPER = {'refcoco': 'refcoco', 'refcoco+': 'refcoco+', 'refcocog': 'refcocog'}
 MAX_LEN = {'refcoco': 15, 'refcoco+': 15, 'refcocog': 20}
 FULL = dict(lr=1e-3, batch=18, epochs=45, decay=30, epoch_refs=None, all_sentences=False, weight_decay=0., lam=.1, reduction='sum', downsample='nearest-exact')
-CPU = dict(device='cpu', precision='no', threads=1, workers=0, pretrain_workers=1, score_batch=64, cache_gb=8)
+CPU = dict(device='cpu', precision='no', threads=1, workers=0, pretrain_workers=1, score_batch=16, cache_gb=8)
 GPU = dict(device='auto', precision='bf16', threads=4, workers=6, pretrain_workers=6, score_batch=64, cache_gb=64, keep_cache=False)
 
 # %% ../nbs/19_experiments.ipynb #d754a0e0
@@ -145,7 +145,7 @@ def runs_for(
     pairs |= dict.fromkeys(frame[['blind', 'dataset']].itertuples(index=False, name=None))
     return [run_config(e, d, preset, s) for s in range(seeds) for e, d in pairs]
 
-# %% ../nbs/19_experiments.ipynb #24f03214
+# %% ../nbs/19_experiments.ipynb #fee4fc14
 PACKAGE = Path(__file__).parent if '__file__' in globals() else Path('../lts_nb').resolve()
 
 def module_closure(
@@ -158,7 +158,7 @@ def module_closure(
         if name in seen: continue
         seen.add(name)
         for node in ast.walk(ast.parse((PACKAGE/f'{name}.py').read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('lts_nb.'): todo.append(node.module.split('.')[1])
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or '').startswith('lts_nb.')): todo.append(node.module.split('.')[-1])
     return sorted(seen)
 
 def module_hashes(

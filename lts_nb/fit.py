@@ -72,7 +72,7 @@ def terminate_as_interrupt():
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/15_fit.ipynb #c2cc32d2
+# %% ../nbs/15_fit.ipynb #b1fd8841
 def fit(
     model:torch.nn.Module, # all that trains
     loss_of,               # batch -> (loss, {name: part})
@@ -89,7 +89,7 @@ def fit(
 )->list:                   # one dict an epoch: epoch, loss, its parts, lr, samples, seconds
     "Train, or go on training where a checkpoint stands. KitError when the loss is no longer finite."
     acc = accelerator or Accelerator(cpu=True)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay, fused=True)
     progress = _resume(checkpoint, config, model, optimizer) or dict(epoch=0, step=0, sums={}, samples=0, seconds=0., history=[])
     model, optimizer = acc.prepare(model, optimizer)
     save = _Saver(every, lambda: checkpoint and save_checkpoint(checkpoint, acc.unwrap_model(model), optimizer, progress, config))

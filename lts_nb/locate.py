@@ -78,7 +78,7 @@ def sine_positions(
     y, x = axis(h)[:, None].expand(h, w, d//2), axis(w)[None].expand(h, w, d//2)
     return torch.cat([y, x], 2).reshape(h*w, d)
 
-# %% ../nbs/10_locate.ipynb #3b84b43d
+# %% ../nbs/10_locate.ipynb #90b5c505
 class DecoderLayer(nn.Module):
     "One post-norm transformer decoder layer: cells (B,N,d), positions (N,d), memory (B,M,d) -> (B,N,d)."
     def __init__(self, d, heads, ffn, dropout=0.):
@@ -90,7 +90,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x, pos, memory):
         q = x + pos
         x = self.norms[0](x + self.drop(self.self_attn(q, q, x, need_weights=False)[0]))
-        ask = memory if memory.shape[1] == 1 else x + pos  # one token answers every query alike: one query is enough
+        ask = (x + pos)[:, :1 if memory.shape[1] == 1 else None]  # one token answers every cell alike: one cell may ask for all
         x = self.norms[1](x + self.drop(self.cross_attn(ask, memory, memory, need_weights=False)[0].expand_as(x)))
         return self.norms[2](x + self.drop(self.ffn(x)))
 

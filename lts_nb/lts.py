@@ -20,8 +20,15 @@ from .language import LanguageEncoder
 from .locate import RelevanceFilter, TransformerLocate, WordFilter
 from .segment import Segment
 
-# %% ../nbs/13_lts.ipynb #72edd6fd
-LOCATE = ('none', 'filter', 'filter-parallel', 'word', 'transformer')
+# %% ../nbs/13_lts.ipynb #cb80b0fc
+def _filter(order): return lambda cfg, d_text, d_k: RelevanceFilter(d_text, d_k, cfg.n, order, cfg.scale_kernel)
+
+LOCATE = { # name -> (cfg, d_text, d_k) -> module, or None; a module of your own is one line more
+    'none': lambda cfg, d_text, d_k: None,
+    'filter': _filter('sequential'),
+    'filter-parallel': _filter('parallel'),
+    'word': lambda cfg, d_text, d_k: WordFilter(d_text, d_k, cfg.max_len),
+    'transformer': lambda cfg, d_text, d_k: TransformerLocate(d_k, d_text, cfg.heads, cfg.ffn, cfg.n)}
 
 def _check(cfg):
     "KitError for the first field of an LTSConfig that cannot be."
@@ -60,25 +67,17 @@ class LTSConfig:
         object.__setattr__(self, 'aspp_rates', tuple(self.aspp_rates))
         _check(self)
 
-# %% ../nbs/13_lts.ipynb #d2bd139b
+# %% ../nbs/13_lts.ipynb #edae6ee0
 class LTSOutput(NamedTuple):
     "Logits: `prior` (B,1,H/8,W/8) or None, `mask` (B,1,H/4,W/4), or (B,1,H/8,W/8) without Seg."
     prior: torch.Tensor | None
     mask: torch.Tensor
 
-def _make_locate(cfg, d_text, d_k):
-    "The module that `cfg.locate` names, or None."
-    if cfg.locate == 'none': return None
-    if cfg.locate == 'word': return WordFilter(d_text, d_k, cfg.max_len)
-    if cfg.locate == 'transformer': return TransformerLocate(d_k, d_text, cfg.heads, cfg.ffn, cfg.n)
-    order = 'parallel' if cfg.locate == 'filter-parallel' else 'sequential'
-    return RelevanceFilter(d_text, d_k, cfg.n, order, cfg.scale_kernel)
-
 def _make_segment(cfg, d_k):
     "Seg; it has one channel more where there is a prior."
     return Segment(d_k, cfg.aspp_width, cfg.aspp_rates, cfg.deconv, cfg.locate != 'none', cfg.prior_as)
 
-# %% ../nbs/13_lts.ipynb #37c9fb04
+# %% ../nbs/13_lts.ipynb #1d6a0d71
 class LTS(nn.Module):
     "Locate then segment: from the frozen backbone's features and a sentence to prior and mask."
     def __init__(self,
@@ -93,7 +92,7 @@ class LTS(nn.Module):
         self.cfg, self.tail = cfg, nn.Identity() if tail is None else tail
         self.language = LanguageEncoder(vocab_size, cfg.emb_dim, cfg.gru_dim, cfg.text_dropout, vectors, cfg.freeze_vectors)
         self.fusion = Fusion(d_v, d_text, cfg.d_m1, cfg.d_half, cfg.fuse)
-        self.locate = _make_locate(cfg, d_text, d_k)
+        self.locate = LOCATE[cfg.locate](cfg, d_text, d_k)
         self.segment = _make_segment(cfg, d_k) if cfg.seg else None
         self.plain = nn.Conv2d(d_k, 1, 1) if cfg.locate == 'none' and not cfg.seg else None
     def forward(self, features, tokens, lengths):

@@ -6,7 +6,7 @@
 __all__ = ['pretraining_images', 'class_names', 'class_maps', 'cell_places', 'CellClassifier', 'cell_loss', 'pretrain',
            'save_backbone', 'load_backbone']
 
-# %% ../nbs/16_pretrain.ipynb #85a0b819
+# %% ../nbs/16_pretrain.ipynb #18b5c518
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -92,7 +92,7 @@ class CellClassifier(nn.Module):
         maps = self.backbone(x)
         return [h(f) for h, f in zip(self.heads, maps)], self.place(maps[0])
 
-# %% ../nbs/16_pretrain.ipynb #afaa785f
+# %% ../nbs/16_pretrain.ipynb #bef1585c
 def cell_loss(
     logits:list,       # of the three maps
     places:torch.Tensor, # (B, 2, h, w) of the coarsest map
@@ -100,8 +100,9 @@ def cell_loss(
     weight:float=.6,   # of the places' squared error
 )->torch.Tensor:       # scalar
     "Binary cross-entropy against the share of each cell that a class covers, mean over cells, sum over the three maps; plus the places' error."
-    y, there = maps.float(), cell_places(*places.shape[-2:]).to(places.device)
-    classes = sum(F.binary_cross_entropy_with_logits(z, F.adaptive_avg_pool2d(y, z.shape[-2:])) for z in logits)
+    y, shares, there = maps.float(), {}, cell_places(*places.shape[-2:]).to(places.device)
+    for z in reversed(logits): shares[z.shape[-2:]] = y = F.adaptive_avg_pool2d(y, z.shape[-2:])  # finest first: each from the one before
+    classes = sum(F.binary_cross_entropy_with_logits(z, shares[z.shape[-2:]]) for z in logits)
     return classes + weight*F.mse_loss(places, there.expand_as(places))
 
 # %% ../nbs/16_pretrain.ipynb #fc2b4728

@@ -9,9 +9,10 @@ __all__ = ['THRESHOLD', 'PACKAGES', 'EXAMPLES', 'WORST', 'set_up', 'open_data', 
            'save_arrays', 'Run', 'shared_backbone', 'prepare', 'open_features', 'score_run', 'write_result',
            'recipe_of', 'ensure_data', 'ensure_backbone']
 
-# %% ../nbs/18_train.ipynb #6b5ded5a
+# %% ../nbs/18_train.ipynb #73771079
 import importlib.metadata, json, os, platform, resource, subprocess, sys, time, zlib
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 import numpy as np, psutil, torch
 from accelerate import Accelerator
@@ -138,7 +139,7 @@ def train_model(
 
 def run_key(config): return {k: v for k, v in config.items() if k != 'compute'} | {'precision': config['compute']['precision']}
 
-# %% ../nbs/18_train.ipynb #971a5e22
+# %% ../nbs/18_train.ipynb #a81609bd
 def _other_object(samples):
     "For each row the ann_id of the next referred object in its image, or None."
     of = {}
@@ -149,14 +150,14 @@ def _other_object(samples):
         out.append(anns[(anns.index(ref.ann_id) + 1) % len(anns)] if len(anns) > 1 else None)
     return out
 
-def _score(out, i, samples, row, other, on_mask):
+def _score(out, i, samples, row, other, mask_of, on_mask):
     "One sentence's numbers: I, U, pointing hit (-1: no prior), swapped I, swapped U."
     ref, sentence = samples.rows[row]
-    geometry, truth = samples.geometry(ref.image_id), samples.refer.mask(ref.ann_id)
+    geometry, truth = samples.geometry(ref.image_id), mask_of(ref.ann_id)
     mask = (undo_letterbox(out.mask[i, 0], geometry) > THRESHOLD).numpy()
     prior = None if out.prior is None else out.prior[i, 0]
     hit = -1 if prior is None else int(pointing_hit(prior, geometry, truth))
-    swapped = (0, 0) if other is None else intersection_union(mask, samples.refer.mask(other))
+    swapped = (0, 0) if other is None else intersection_union(mask, mask_of(other))
     if on_mask: on_mask(sentence, ref, mask, prior, truth)
     return (*intersection_union(mask, truth), hit, *swapped)
 
@@ -171,7 +172,7 @@ def sentence_facts(
     types = dict(sent_id=np.int64, ref_id=np.int64, image_id=np.int64, sentence=str, area=np.float32, same=np.int64)
     return {k: np.array(v, t) for (k, t), v in zip(types.items(), zip(*rows))}
 
-# %% ../nbs/18_train.ipynb #b91b89b9
+# %% ../nbs/18_train.ipynb #846dfb51
 THRESHOLD = .25  # the paper's, §3.4
 
 @torch.inference_mode()
@@ -187,12 +188,12 @@ def evaluate(
 )->dict:               # arrays over sentences: those of `sentence_facts`, intersection, union, hit, other_i, other_u
     "Score every sentence of a split at the original image size."
     model.eval()
-    others, scores, n = _other_object(samples), [], len(samples)
+    others, scores, n, mask_of = _other_object(samples), [], len(samples), lru_cache(64)(samples.refer.mask)
     cut = [list(range(i, min(i + batch, n))) for i in range(0, n, batch)]
     for b in tqdm(loader(samples, source, cut, workers), desc=f'scoring {samples.split}', unit='batch', disable=not progress, leave=False):
         out = model(*model_inputs(b, source, device))
         out = out._replace(mask=out.mask.float().sigmoid().cpu(), prior=None if out.prior is None else out.prior.float().cpu())
-        scores += [_score(out, i, samples, row, others[row], on_mask) for i, row in enumerate(b['rows'])]
+        scores += [_score(out, i, samples, row, others[row], mask_of, on_mask) for i, row in enumerate(b['rows'])]
     columns = dict(zip(('intersection', 'union', 'hit', 'other_i', 'other_u'), np.array(scores, np.int64).T))
     return sentence_facts(samples) | columns
 
