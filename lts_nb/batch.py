@@ -260,6 +260,7 @@ def _report_key(plan, out):
     results = {r['run']: (out/'runs'/r['run']/'result.json').stat().st_mtime_ns for r in plan['runs'] if (out/'runs'/r['run']/'result.json').exists()}
     return json.loads(json.dumps(dict(results=results, modules=module_hashes('report'), tables=plan['tables'], seeds=plan['seeds'])))
 
+# %% ../nbs/25_batch.ipynb #5bcfd7e8
 def make_report(
     out, plan:dict,  # the report's folder; its plan
     failed=(),       # names of runs that failed
