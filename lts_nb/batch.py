@@ -278,6 +278,7 @@ def make_report(
     try: return print_pdf(out)
     except KitError as e: return str(e)
 
+# %% ../nbs/25_batch.ipynb #5a17e0aa
 def _say_where(out, preset):
     "Where the report is, and where it differs from the committed one beyond its spread."
     from lts_nb.tables import compare_reports
