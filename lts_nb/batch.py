@@ -6,13 +6,14 @@
 __all__ = ['KIT', 'default_out', 'default_root', 'committed', 'make_plan', 'run_state', 'known_seconds', 'plan', 'describe_plan',
            'missing_inputs', 'seconds_left', 'failure_of', 'release_features', 'reproduce', 'make_report']
 
-# %% ../nbs/25_batch.ipynb #3154d2c8
+# %% ../nbs/25_batch.ipynb #cf6fe094
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from .errors import KitError, disk_error, write_text
+from .fit import terminate_as_interrupt
 from .experiments import TABLES, module_closure, module_hashes, preset_of, runs_for
 from .train import ensure_data, shared_backbone
 
@@ -132,19 +133,20 @@ def _open_folder(out):
     except Timeout: print(f'Another `lts` is at work in {out}; waiting for it.', flush=True); lock.acquire()
     return lock
 
-# %% ../nbs/25_batch.ipynb #921ae7ee
-def _command(out, cores, targets=()):
-    return [sys.executable, '-m', 'snakemake', '-s', str(KIT/'workflow'/'Snakefile'), '--directory', str(out), '--config', f'plan={out}/plan.json',
-            '--cores', str(cores), '--resources', 'gpu=1', '--keep-going', '--rerun-incomplete', '--nolock', '--scheduler', 'greedy', '--quiet', 'rules', *targets]
+# %% ../nbs/25_batch.ipynb #1ab2851d
+def _command(out, cores, *config):
+    return [sys.executable, '-m', 'snakemake', '-s', str(KIT/'workflow'/'Snakefile'), '--directory', str(out), '--config', f'plan={out}/plan.json', *config,
+            '--cores', str(cores), '--resources', 'gpu=1', '--keep-going', '--rerun-incomplete', '--nolock', '--scheduler', 'greedy', '--quiet', 'rules']
 
 def _snakemake(out, plan, cores):
     "Run Snakemake with a progress bar; returns when it has ended. Ctrl-C ends it and its jobs."
     begun, known = time.time(), known_seconds(plan['preset'], out)
-    results = {r['run']: out/'runs'/r['run']/'result.json' for r in plan['runs']}
-    seconds = {r['run']: known.get((r['experiment'], r['dataset'])) for r in plan['runs']}
+    modules, results = module_hashes('train'), {r['run']: out/'runs'/r['run']/'result.json' for r in plan['runs']}
+    todo = {r['run']: known.get((r['experiment'], r['dataset'])) for r in plan['runs'] if run_state(r, out, modules)[0] != 'done'}
     with open(out/'snakemake.log', 'w') as log:
-        process = subprocess.Popen(_command(out, cores), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try: _watch(process, results, begun, out, seconds, max(cores//plan['threads'], 1))
+        process = subprocess.Popen(_command(out, cores, 'tied=1'), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            with terminate_as_interrupt(): _watch(process, results, begun, out, todo, max(cores//plan['threads'], 1))
         except BaseException:
             os.killpg(process.pid, signal.SIGINT)
             try: process.wait(30)
@@ -152,33 +154,34 @@ def _snakemake(out, plan, cores):
             raise
     return process.returncode
 
-# %% ../nbs/25_batch.ipynb #99147760
+# %% ../nbs/25_batch.ipynb #9f3e8085
 def seconds_left(
-    seconds:dict,    # {run: seconds it took elsewhere, or None}, of all runs of the plan
-    before:set, done:set, # runs that stood when the work began, and that stand now
+    seconds:dict,    # {run: seconds it took elsewhere, or None}, of the runs that had to be done
+    took:dict,       # {run: seconds}, of those that are
     elapsed:float,   # seconds since the first run began
     jobs:int,        # at a time
 )->float:            # None where nothing is known
     "How long until the last run ends."
     known = [s for s in seconds.values() if s]
     weight = {r: s or (sum(known)/len(known) if known else 1.) for r, s in seconds.items()}
-    finished, left = (sum(weight[r] for r in runs) for runs in (done - before, set(weight) - done))
-    if finished: return elapsed*left/finished
-    return max(left/jobs - elapsed, 0.) if known else None
+    if not known and not took: return None
+    pace = sum(took.values())/sum(weight[r] for r in took) if took else 1.
+    return max(pace*sum(weight.values())/jobs - elapsed, 0.)
 
-# %% ../nbs/25_batch.ipynb #daf3d98e
-def _watch(process, results, begun, out, seconds, jobs):
+# %% ../nbs/25_batch.ipynb #0141b645
+def _watch(process, results, begun, out, todo, jobs):
     "Count finished runs until Snakemake ends; where nobody watches, a line every half minute is enough."
-    before, first, shown, every = {r for r, f in results.items() if f.exists()}, None, 0., .4 if sys.stderr.isatty() else 30
+    first, shown, every = None, 0., .4 if sys.stderr.isatty() else 30
     form = '{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}'
-    with tqdm(total=len(results), desc='runs', disable=(before == set(results)) and None, bar_format=form) as bar:
+    with tqdm(total=len(results), desc='runs', disable=not todo, bar_format=form) as bar:
         while process.poll() is None:
-            done, stage = {r for r, f in results.items() if f.exists()}, _stage(out, begun)
+            stage = _stage(out, begun)
             if stage and stage not in _SHARED.values(): first = first or time.time()
             if time.time() - shown > every:
-                left, shown = seconds_left(seconds, before, done, time.time() - first if first else 0., jobs), time.time()
+                took = {r: _result(out, r)['seconds']['total'] for r in todo if results[r].exists() and results[r].stat().st_mtime >= begun}
+                left, shown = seconds_left(todo, took, time.time() - first if first else 0., jobs), time.time()
                 bar.set_postfix_str(', '.join(filter(None, ['' if left is None else f'about {left/60:.0f} min left', stage])), refresh=False)
-                bar.n = len(done); bar.refresh()
+                bar.n = len(results) - len(todo) + len(took); bar.refresh()
             time.sleep(.5)
         bar.n = sum(f.exists() for f in results.values()); bar.refresh()
 
@@ -254,13 +257,13 @@ def reproduce(
     if not shared: _say_where(out, preset)
     return 1 if failed else 0
 
-# %% ../nbs/25_batch.ipynb #075e21c7
+# %% ../nbs/25_batch.ipynb #7b5739cf
 def _report_key(plan, out):
     "What decides a report: its results, its code, its plan."
     results = {r['run']: (out/'runs'/r['run']/'result.json').stat().st_mtime_ns for r in plan['runs'] if (out/'runs'/r['run']/'result.json').exists()}
     return json.loads(json.dumps(dict(results=results, modules=module_hashes('report'), tables=plan['tables'], seeds=plan['seeds'])))
 
-# %% ../nbs/25_batch.ipynb #5bcfd7e8
+# %% ../nbs/25_batch.ipynb #3f350cc9
 def make_report(
     out, plan:dict,  # the report's folder; its plan
     failed=(),       # names of runs that failed
@@ -278,7 +281,7 @@ def make_report(
     try: return print_pdf(out)
     except KitError as e: return str(e)
 
-# %% ../nbs/25_batch.ipynb #5a17e0aa
+# %% ../nbs/25_batch.ipynb #016299f4
 def _say_where(out, preset):
     "Where the report is, and where it differs from the committed one beyond its spread."
     from lts_nb.tables import compare_reports

@@ -9,6 +9,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from lts_nb import batch
@@ -22,6 +23,23 @@ def command(out, root): return [sys.executable, '-c', 'from lts_nb.cli import ma
 
 
 def run(out, root): return subprocess.run(command(out, root), capture_output=True, text=True, timeout=600)
+
+
+def at_work(out):
+    "Processes that were started for a report's folder or hold a file in it."
+    found = []
+    for p in psutil.process_iter():
+        try:
+            if p.pid != os.getpid() and any(str(out) in s for s in [*p.cmdline(), *(f.path for f in p.open_files())]): found.append(p)
+        except psutil.Error: pass
+    return found
+
+
+def gone_within(seconds, out):
+    "Nobody is at work in a folder any more, at the latest after some seconds."
+    ends = time.time() + seconds
+    while at_work(out) and time.time() < ends: time.sleep(.2)
+    return not at_work(out)
 
 
 def finished(out): return {f.parent.name: f.stat().st_mtime_ns for f in out.glob('runs/*/result.json')}
@@ -91,6 +109,7 @@ def test_killed_and_run_again_gives_the_same_bytes(made, how, after):
     assert process.poll() is None, 'it was still at work'
     os.killpg(process.pid, how)
     process.wait(60)
+    assert gone_within(5, out), 'nobody goes on working in its folder'
     result = run(out, made.root)
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ('results.csv', 'table4.csv', 'table4.md', 'table4.tex'):
