@@ -20,21 +20,29 @@ from .train import ensure_data, shared_backbone
 # %% ../nbs/25_batch.ipynb #ff40d55a
 KIT = Path(__file__).resolve().parents[1] if '__file__' in globals() else Path.cwd().resolve().parent
 
-def default_out(preset:str)->Path:
+def default_out(
+    preset:str, # smoke, cpu, gpu or paper
+)->Path:
     "The report's folder of a preset: ignored by git."
     return KIT/'out'/preset
 
-def default_root(preset:str)->Path:
+# %% ../nbs/25_batch.ipynb #3df99133
+def default_root(
+    preset:str, # smoke, cpu, gpu or paper
+)->Path:
     "The data's folder of a preset."
     return KIT/'data'/(f'refshapes-{preset}' if preset_of(preset)['recipe'] else '')
 
-def committed(preset:str)->Path:
+def committed(
+    preset:str, # smoke, cpu, gpu or paper
+)->Path:
     "The committed report of a preset."
     return KIT/'reports'/preset
 
 # %% ../nbs/25_batch.ipynb #f9af9b74
 def make_plan(
-    preset:str, tables, seeds:int, out:Path, root:Path,
+    preset:str, tables, seeds:int, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
+    out:Path, root:Path,           # the report's folder; the data's
 )->dict: # written to OUT/plan.json
     "The runs that some tables need, with all that makes them stale."
     p, runs = preset_of(preset), runs_for(preset, tables, seeds)
@@ -50,6 +58,7 @@ def _result(out, run):
     try: return json.loads((Path(out)/'runs'/run/'result.json').read_text())
     except (OSError, ValueError): return None
 
+# %% ../nbs/25_batch.ipynb #552d43ef
 def run_state(
     config:dict,  # of the run
     out,          # the report's folder
@@ -66,7 +75,7 @@ def run_state(
 
 # %% ../nbs/25_batch.ipynb #bf9ed04e
 def known_seconds(
-    preset:str, out,
+    preset:str, out, # whose committed report; the report's folder
 )->dict:  # {(experiment, dataset): seconds}
     "How long runs of this preset took, here or in the committed report."
     seconds = {}
@@ -79,7 +88,8 @@ def known_seconds(
 
 # %% ../nbs/25_batch.ipynb #f2599f70
 def plan(
-    preset:str='cpu', tables=None, seeds:int=1, cores=None, out=None, root=None,
+    preset:str='cpu', tables=None, seeds:int=1, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
+    cores=None, out=None, root=None,            # processors (None: all); the report's and the data's folder (None: the preset's)
 )->pd.DataFrame: # run, state, why, seconds (estimate; NaN where nothing is known)
     "Each run and its state; changes nothing."
     out, root = Path(out or default_out(preset)), Path(root or default_root(preset))
@@ -89,7 +99,8 @@ def plan(
 
 # %% ../nbs/25_batch.ipynb #c96e83e8
 def describe_plan(
-    preset:str='cpu', tables=None, seeds:int=1, cores=None, out=None, root=None,
+    preset:str='cpu', tables=None, seeds:int=1, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
+    cores=None, out=None, root=None,            # processors (None: all); the report's and the data's folder (None: the preset's)
 )->str:
     "The plan as text, with the time left where it can be estimated."
     table = plan(preset, tables, seeds, cores, out, root)
@@ -102,13 +113,14 @@ def describe_plan(
     missing = missing_inputs(preset, Path(root or default_root(preset)))
     return '\n'.join([*lines, f'{counts}; {left}.', *missing, *(['data/README.md says where to get it and where to put it.'] if missing else [])])
 
+# %% ../nbs/25_batch.ipynb #2d65be5d
 def _failed(out):
     try: return json.loads((Path(out)/'failed.json').read_text())
     except (OSError, ValueError): return []
 
 # %% ../nbs/25_batch.ipynb #2dc753e8
 def missing_inputs(
-    preset:str, root,
+    preset:str, root, # smoke, cpu, gpu or paper; the data's folder
 )->list:  # sentences, empty where all is there
     "What a preset needs and cannot make."
     p, root, out = preset_of(preset), Path(root), []
@@ -122,6 +134,7 @@ def missing_inputs(
     if p['vectors'] and not (root/p['vectors']).exists(): out.append(f"the word vectors are missing ({root/p['vectors']})")
     return out
 
+# %% ../nbs/25_batch.ipynb #99b0ce37
 def _open_folder(out):
     "The report's folder, writable, with its lock held."
     try:
@@ -138,6 +151,7 @@ def _command(out, cores, *config):
     return [sys.executable, '-m', 'snakemake', '-s', str(KIT/'workflow'/'Snakefile'), '--directory', str(out), '--config', f'plan={out}/plan.json', *config,
             '--cores', str(cores), '--resources', 'gpu=1', '--keep-going', '--rerun-incomplete', '--nolock', '--scheduler', 'greedy', '--quiet', 'rules']
 
+# %% ../nbs/25_batch.ipynb #93d3fe98
 def _snakemake(out, plan, cores):
     "Run Snakemake with a progress bar; returns when it has ended. Ctrl-C ends it and its jobs."
     begun, known = time.time(), known_seconds(plan['preset'], out)
@@ -188,6 +202,7 @@ def _watch(process, results, begun, out, todo, jobs):
 # %% ../nbs/25_batch.ipynb #316b274a
 _SHARED = {'data': 'making data', 'pretrain': 'pretraining'}
 
+# %% ../nbs/25_batch.ipynb #352ece8d
 def _stage(out, begun):
     "What is being made at present, from the newest logs."
     logs = [f for f in [*out.glob('shared/*.log'), *out.glob('runs/*/log.txt')] if f.stat().st_mtime >= begun]
@@ -210,6 +225,7 @@ def failure_of(
     try: return (folder/'log.txt').read_text().strip().split('\n')[-1]
     except (OSError, IndexError): return ''
 
+# %% ../nbs/25_batch.ipynb #d2866c37
 def _say_failures(out, failed, shared):
     "Name every run that failed and where to look."
     for run in failed: print(f"FAILED {run}: {failure_of(out, run)}\n       see {out/'runs'/run/'train.ipynb'}", flush=True)
@@ -222,6 +238,7 @@ def _shared_failure(out, plan):
     if plan['backbone'] and not (out/plan['backbone']).exists(): return out/'shared'/'pretrain.log'
     return None
 
+# %% ../nbs/25_batch.ipynb #87fd8992
 def release_features(
     out,          # the report's folder
     config:dict,  # of the run that has just finished
@@ -236,7 +253,8 @@ def release_features(
 
 # %% ../nbs/25_batch.ipynb #f6e0c991
 def reproduce(
-    preset:str='cpu', tables=None, seeds:int=1, cores=None, out=None, root=None,
+    preset:str='cpu', tables=None, seeds:int=1, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
+    cores=None, out=None, root=None,            # processors (None: all); the report's and the data's folder (None: the preset's)
 )->int: # exit status: 0, or 1 where a run failed
     "Bring all runs of some tables up to date and write their report."
     out, root = Path(out or default_out(preset)).resolve(), Path(root or default_root(preset)).resolve()

@@ -63,7 +63,7 @@ assert len({c.claim for c in CLAIMS}) == len(CLAIMS)
 # %% ../nbs/22_claims.ipynb #a367aadf
 def printed_effect(
     claim:Claim, dataset:str, # 'refcoco', 'refcoco+' or 'refcocog'
-    split:str='val',
+    split:str='val',          # val, testA, testB or test
 )->float: # points; NaN where the paper prints none
     "The paper's own number for a claim."
     if claim.printed: return claim.printed if (dataset, split) == ('refcoco', 'val') else np.nan
@@ -90,10 +90,11 @@ def _value(totals, metric):
     top, bottom = (totals[..., c].sum(-1) for c in _columns[metric])
     return 100 * top / bottom
 
+# %% ../nbs/22_claims.ipynb #28c9383b
 def image_interval(
     pairs:list,         # (totals, totals) a seed, from `image_totals`: the one, and the one it is compared with (or a number)
     metric:str='oIoU',  # oIoU, mIoU or pointing
-    draws:int=2000,
+    draws:int=2000, # of the bootstrap
 )->tuple:               # (low, high)
     "95 % interval of a difference, averaged over seeds, over test images: both models and all seeds see the same draws."
     other = lambda b, rows: b if np.isscalar(b) else _value(b[rows], metric)
@@ -111,6 +112,7 @@ _sides = {  # test → (claimed side, other side) of an interval
     'no better':  (lambda low, high: high < MARGIN,                    lambda low, high: low > MARGIN),
     'at least':   (lambda low, high: low > -MARGIN,                    lambda low, high: high < -MARGIN)}
 
+# %% ../nbs/22_claims.ipynb #8e3ae9f8
 def verdict(
     test:str, low:float, high:float, # kind of claim; interval of the effect
 )->str:
@@ -126,9 +128,10 @@ def _pairs(results, better, than, dataset, split, metric, printed=None):
     seeds = sorted(a) if printed else sorted(set(a) & set(b))
     return {s: (image_totals(load_samples(a[s], split)), printed or image_totals(load_samples(b[s], split))) for s in seeds}
 
+# %% ../nbs/22_claims.ipynb #b3d1379e
 def effect(
     pairs:dict, metric:str,  # {seed: (totals, totals or number)}
-    draws:int=2000,
+    draws:int=2000, # of the bootstrap
 )->dict:                     # effect, low, high, image_low, image_high, seed_low, seed_high, seeds, each
     "A difference over all seeds with both its intervals and their envelope, in points."
     each = [_value(a, metric) - (b if np.isscalar(b) else _value(b, metric)) for a, b in pairs.values()]
@@ -157,9 +160,10 @@ def _experiments(claim, role):
     r = rows()
     return r[(r.table == claim.table) & (r.dataset == role)].drop_duplicates('row').set_index('row').experiment.to_dict()
 
+# %% ../nbs/22_claims.ipynb #09a2eb6a
 def effects_frame(
     results:list, preset:str, # from `load_results`
-    draws:int=2000,
+    draws:int=2000, # of the bootstrap
 )->pd.DataFrame:              # claim, step, dataset, split, and the columns of `effect`
     "Every effect that the results allow, on every split."
     out, datasets = [], preset_of(preset)['datasets']
@@ -223,7 +227,7 @@ def _judge(claim, role, ours, f, results):
 def simulate_pairs(
     rng,                  # numpy Generator
     images:int=500,       # of a split of the cpu preset
-    seeds:int=3,
+    seeds:int=3,          # of training
     gain:float=.03,       # what the better model's success probability is higher
     seed_sd:float=.01,    # how much training seeds move it
     sentences:int=5,      # an image

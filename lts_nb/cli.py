@@ -41,6 +41,7 @@ def plan(preset:Preset='cpu', table:Tables=None, seeds:Seeds=1, cores:Cores=None
     from lts_nb.batch import describe_plan
     typer.echo(describe_plan(preset, table, seeds, cores, out, root))
 
+# %% ../nbs/27_cli.ipynb #044d5b60
 @app.command()
 def report(preset:Preset='cpu', table:Tables=None, out:Out=None):
     "Write the report from the runs there are. What is missing is named."
@@ -100,6 +101,7 @@ def evaluate(run:Annotated[Path, typer.Option(help="A run's folder: DIR/runs/<ru
     from lts_nb.predict import evaluate_run
     typer.echo(_metrics(evaluate_run(run, root, dataset, split, by, predictions)))
 
+# %% ../nbs/27_cli.ipynb #51b2c26a
 @app.command()
 def score(file:Annotated[Path, typer.Argument(help='Predictions: [{"sent_id": …, "segmentation": {"size": [h, w], "counts": …}}, …]')],
           dataset:Annotated[str, typer.Option()], split:Annotated[str, typer.Option()], root:Data, by:By=None,
@@ -110,6 +112,7 @@ def score(file:Annotated[Path, typer.Argument(help='Predictions: [{"sent_id": �
     metrics = score_predictions(file, Refer(root, dataset, by), split)
     typer.echo(json.dumps(metrics) if as_json else _metrics(metrics))
 
+# %% ../nbs/27_cli.ipynb #062dc6e5
 def _metrics(metrics):
     return '\n'.join(f'{k:9} {"–" if v is None else v if k == "n" else f"{v:.2f}"}' for k, v in metrics.items())
 
@@ -136,6 +139,7 @@ def _disk_failure(e):
     "Is it the disk's refusal, which its user can mend?"
     return e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
+# %% ../nbs/27_cli.ipynb #905f19be
 def main():
     "Run the command line; a failure that a user can mend is one sentence."
     try: app()
@@ -147,6 +151,7 @@ def main():
         if e.code != 130: raise
         _stop('interrupted; the same command goes on where it stopped.', 130)
 
+# %% ../nbs/27_cli.ipynb #423a65b1
 def _stop(sentence, status):
     print(f'lts: {sentence}', file=sys.stderr)
     sys.exit(status)

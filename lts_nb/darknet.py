@@ -95,6 +95,7 @@ def _blocks(module):
     "Its convolution blocks (convolution, normalisation, activation), in the order of a weight file."
     return [m for m in module.modules() if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], nn.Conv2d)]
 
+# %% ../nbs/07_darknet.ipynb #e993f315
 def fold_batch_norm(
     backbone:nn.Module, # in eval mode, as it is meant to be used
 )->nn.Module:           # a copy that computes the same with no batch normalisation
@@ -110,8 +111,9 @@ def _tensors(convs):
     "The tensors of a weight file in its order, for Sequential(conv, bn, activation) blocks."
     for conv, bn, _ in convs: yield from (bn.bias, bn.weight, bn.running_mean, bn.running_var, conv.weight)
 
+# %% ../nbs/07_darknet.ipynb #a2a0506a
 def darknet_floats(
-    backbone:Darknet53,
+    backbone:Darknet53, # of any width and depth
 ):                      # (body, body and neck): how many float32 a weight file holds for each
     "The number of values that a `.weights` file has for a backbone of this width and depth."
     with torch.device('meta'): twin = Darknet53(backbone.width, backbone.depths)
@@ -134,6 +136,7 @@ def save_darknet_weights(
 # %% ../nbs/07_darknet.ipynb #325c62a9
 _MIRROR = 'https://github.com/hank-ai/darknet/releases/download/v2.0/yolov3.weights'
 
+# %% ../nbs/07_darknet.ipynb #e9d09668
 def read_darknet_header(
     path,  # a .weights file
 ):         # ((major, minor, revision), images seen, bytes of the header)

@@ -63,6 +63,7 @@ def grids(self:Samples,
     return tuple(np.unpackbits(bits, count=(self.size//s)**2).reshape(self.size//s, -1).astype(bool)
                  for bits, s in zip(self._grids[ann_id], (4, 8)))
 
+# %% ../nbs/06_dataset.ipynb #40f2cf93
 @patch
 def geometry(self:Samples,
     image_id:int,  # the picture
@@ -88,6 +89,7 @@ def _order(n, *key):
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
+# %% ../nbs/06_dataset.ipynb #6ac76190
 @patch
 def epoch_rows(self:Samples,
     seed:int,        # the run's seed

@@ -73,6 +73,7 @@ def _settle(tmp, path):
     os.chmod(tmp, 0o666 & ~mask)
     os.replace(tmp, path)
 
+# %% ../nbs/01_errors.ipynb #f0c79b09
 def write_text(
     path,      # file to write; replaced in one step
     text:str,  # its content, written as UTF-8

@@ -92,7 +92,10 @@ PRESETS |= {
         train=FULL, compute=GPU, vectors='glove/glove.840B.300d.txt'),
 }
 
-def preset_of(name:str)->dict:
+# %% ../nbs/19_experiments.ipynb #6193947a
+def preset_of(
+    name:str, # smoke, cpu, gpu or paper
+)->dict:      # its numbers
     "A preset by name; KitError with the nearest names where there is none."
     if name not in PRESETS: raise unknown_name('preset', name, PRESETS)
     return PRESETS[name]
@@ -101,7 +104,9 @@ def preset_of(name:str)->dict:
 FROZEN = {'cpu': {'refshapes': '1b40b777cfb25edc', 'refshapes+': 'e96b7c3c75e7b858', 'refshapesg': '7b52471714e837c5'}}
 
 # %% ../nbs/19_experiments.ipynb #ed545adb
-def run_name(experiment:str, dataset:str, preset:str, seed:int)->str:
+def run_name(
+    experiment:str, dataset:str, preset:str, seed:int, # as for `run_config`, the data set by our name
+)->str:
     "A run's folder: `lts-n2-refshapes-cpu-s0`."
     return f'{experiment}-{dataset}-{preset}-s{seed}'
 
@@ -109,8 +114,8 @@ def run_config(
     experiment:str,  # a key of EXPERIMENTS
     dataset:str,     # the paper's name or ours: 'refcoco' and 'refshapes' mean the same row
     preset:str,      # a key of PRESETS
-    seed:int=0,
-)->dict:
+    seed:int=0,      # of training
+)->dict:             # nested, plain values
     "All that decides a run. KitError with the nearest names where one is unknown."
     p = preset_of(preset)
     if experiment not in EXPERIMENTS: raise unknown_name('experiment', experiment, EXPERIMENTS)
@@ -124,6 +129,7 @@ def run_config(
         data=data, model=model, backbone=p['backbone'] | {'recipe': p['recipe']}, train=p['train'] | e.get('train', {}), compute=p['compute'],
         splits=_splits(experiment, role))))
 
+# %% ../nbs/19_experiments.ipynb #a8df76e2
 def _splits(experiment, role):
     "The splits that any table shows of this experiment on this data set, the controls' all."
     shown = {s for t, row, e, sets, splits in ROWS if (e == experiment or experiment.startswith('blind')) and role in sets for s in splits or SPLITS_OF[role]}
@@ -131,7 +137,7 @@ def _splits(experiment, role):
 
 # %% ../nbs/19_experiments.ipynb #170566bc
 def runs_for(
-    preset:str,
+    preset:str,    # a key of PRESETS
     tables=None,   # table numbers; None: all
     seeds:int=1,   # how many, from 0
 )->list:           # configurations, each run once
@@ -161,6 +167,7 @@ def module_closure(
             if isinstance(node, ast.ImportFrom) and (node.level or (node.module or '').startswith('lts_nb.')): todo.append(node.module.split('.')[-1])
     return sorted(seen)
 
+# %% ../nbs/19_experiments.ipynb #dc4b20fc
 def module_hashes(
     *names,   # of our modules
 )->dict:      # {module: 12 hex digits of its source}

@@ -19,8 +19,9 @@ _relation = re.compile(r'\b(next to|near(est)?|close(st|r)? to|beside|behind|in 
 _ordinal = re.compile(r'\b(first|second|third|fourth|fifth|1st|2nd|3rd|4th|last)\b')
 _place = re.compile(r'\b(left|right|top|bottom|middle|center|centre|upper|lower|corner|leftmost|rightmost|up|front|back|far|side|lowest|highest|edge)\b')
 
+# %% ../nbs/23_failures.ipynb #e6ad7081
 def expression_kind(
-    sentence:str,
+    sentence:str, # a referring expression
 )->str:  # one of KINDS
     "What an expression mainly goes by; the first of relation, ordinal, place that its words show."
     words = ' '.join(tokenize(sentence))
@@ -31,7 +32,7 @@ def expression_kind(
 # %% ../nbs/23_failures.ipynb #54e2a79b
 def sentences_frame(
     results:list,     # from `tables.load_results`
-    experiment:str, dataset:str, split:str='val',
+    experiment:str, dataset:str, split:str='val', # whose runs, on what
 )->pd.DataFrame:      # one line a sentence and seed; empty where no run kept its sentences
     "Every sentence's scores beside what is known of it: words, area, rivals, kind."
     parts = []
@@ -52,6 +53,7 @@ BREAKDOWNS = {
     'expression':            ('kind',  None, list(KINDS)),
 }
 
+# %% ../nbs/23_failures.ipynb #c0135f0e
 def _levels(f, by):
     "The bin of every sentence, as an ordered categorical."
     column, edges, labels = BREAKDOWNS[by]
@@ -61,7 +63,7 @@ def _levels(f, by):
 def breakdown(
     f:pd.DataFrame,  # from `sentences_frame`
     by:str,          # a key of BREAKDOWNS
-    draws:int=500,
+    draws:int=500,   # of the bootstrap
 )->pd.DataFrame:     # level, sentences, images, oIoU, low, high (95 % over images, first to last seed together), mIoU, prec@0.5, pointing
     "The metrics of each bin."
     out = []
@@ -103,7 +105,7 @@ def failure_shares(
 # %% ../nbs/23_failures.ipynb #9e7b3613
 def failures_frame(
     results:list, places:list,  # from `load_results`; (dataset, split) to look at
-    experiment:str='lts',
+    experiment:str='lts',       # whose runs
 )->pd.DataFrame:                # dataset, split, sentences and the columns of `failure_shares`
     "The kinds of failure, place by place."
     frames = {(d, s): sentences_frame(results, experiment, d, s) for d, s in places}

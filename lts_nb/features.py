@@ -22,8 +22,8 @@ class LiveFeatures:
         refer,               # Refer: where the images are
         backbone:torch.nn.Module, # frozen, in eval mode; gives (stride 32, 16, 8)
         size:int,            # side of the letterboxed input
-        device='cpu',
-        stretch:bool=False,
+        device='cpu',        # where the backbone runs
+        stretch:bool=False,  # fill the square and distort
     ):
         self.refer, self.size, self.device, self.stretch = refer, size, device, stretch
         self.backbone = fold_batch_norm(backbone).to(device, memory_format=torch.channels_last)
@@ -49,7 +49,7 @@ class CachedFeatures:
     "Features read from disk."
     def __init__(self,
         folder,        # as written by `build_features`
-        device='cpu',
+        device='cpu',  # where the maps are put
     ):
         try: self.index = {i: k for k, i in enumerate(json.loads((Path(folder)/'images.json').read_text()))}
         except (OSError, ValueError) as e: raise KitError('the feature cache cannot be read', folder, 'Delete that folder; the same command makes it again') from e
@@ -68,7 +68,7 @@ def feature_key(
     fingerprint:str,    # of the data set
     backbone:torch.nn.Module, # its weights decide the features
     size:int,           # side of the input
-    stretch:bool=False,
+    stretch:bool=False, # fill the square and distort
 )->str:                 # name of the cache's folder
     "What decides the features, as a short name."
     h = hashlib.sha256(f'{fingerprint} {size} {stretch} folded'.encode())
@@ -92,7 +92,7 @@ def build_features(
     key:str,              # from `feature_key`
     bound:int=64 << 30,   # largest cache, bytes; beyond it features stay live
     batch:int=16,         # images at once: their maps stay in a core's cache
-    progress:bool=True,
+    progress:bool=True,   # show a bar
 ):                        # CachedFeatures, or `source` itself where there is no room
     "Features of all images on disk; goes on where an interrupted call stopped."
     folder, need = Path(folder), cache_bytes(source, len(image_ids))
@@ -113,6 +113,7 @@ def _reserve(path):
     with open(path, 'r+b') as f:
         if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
 
+# %% ../nbs/17_features.ipynb #e0ae3b56
 def _write_maps(part, source, image_ids, batch, progress):
     "Fill the three maps in place; `progress.json` says how many images are finished."
     shapes = [tuple(m.permute(0, 2, 3, 1).shape[1:]) for m in source.of_images(torch.zeros(1, 3, source.size, source.size))]

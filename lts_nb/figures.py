@@ -38,12 +38,14 @@ def _caption(text, width=26, lines=4):
     text = ''.join(c if c.isprintable() else ' ' for c in str(text))
     return '\n'.join(textwrap.wrap(text, width, max_lines=lines, placeholder=' …')) or '(empty)'
 
+# %% ../nbs/21_figures.ipynb #3d8574fb
 def _image_axes(ax, title=''):
     "An axis for a picture: no ticks, a title that is plain text."
     ax.set_xticks([]); ax.set_yticks([])
     ax.set_title(title, fontsize=8, parse_math=False)
     for s in ax.spines.values(): s.set_visible(False)
 
+# %% ../nbs/21_figures.ipynb #aea8ee9e
 def _expression(ax, text):
     "An axis that shows the sentence."
     ax.axis('off')
@@ -55,6 +57,7 @@ def _cut_out(image, mask, grey=235):
     pale = grey - (255 - image.mean(-1, keepdims=True)) * .2
     return np.where(mask[..., None], image, pale.round()).astype(np.uint8)
 
+# %% ../nbs/21_figures.ipynb #35eb41de
 def _grid(rows, columns):
     "A figure of pictures: rows of samples, the heads of the columns given."
     fig, axes = plt.subplots(rows, len(columns), figsize=(1.55 * len(columns), 1.35 * max(rows, 1) + .25), squeeze=False, layout='constrained')
@@ -79,6 +82,7 @@ def figure4(
 # %% ../nbs/21_figures.ipynb #3a8f1aa6
 figure5_columns = {'fusion-filter': '(b) w/o Seg', 'filter-seg': '(c) w/o Fusion', 'fusion-seg': '(d) w/o Filter', 'lts': 'full LTS'}
 
+# %% ../nbs/21_figures.ipynb #73539590
 def figure5(
     examples_by_experiment:dict,  # experiment → examples (`load_examples`); 'lts' or any other gives the pictures
 ):                                # matplotlib Figure: sentence and image · w/o Seg · w/o Fusion · w/o Filter · full · truth
@@ -102,6 +106,7 @@ _style = {'axes.spines.top': False, 'axes.spines.right': False, 'font.size': 8, 
           'axes.grid': True, 'grid.alpha': .3, 'svg.hashsalt': 'lts'}
 _dataset_colour = lambda names: dict(zip(names, sns.color_palette('colorblind', max(len(names), 1))))
 
+# %% ../nbs/21_figures.ipynb #247d6b0a
 def history_frame(
     results:list,   # from `tables.load_results`
 )->pd.DataFrame:    # experiment, dataset, seed, epoch, part ("loss", "seg", "loc"), value
@@ -114,6 +119,7 @@ def history_frame(
 GROUPS = {'Table 2': list(ABLATION.values()), 'Tables 4, 5 and 7': ['lts', 'lts-trans', 'lts-n2', 'lts-n3', 'lts-word', 'lts-star'],
           'Table 6': [*(f'lts-size{k}' for k in (1, 2, 3)), 'lts', *(f'lts-size{k}' for k in (5, 6))], 'controls': ['lts', 'blind', 'blind-noseg']}
 
+# %% ../nbs/21_figures.ipynb #5e41db41
 def training_curves(
     results:list,   # from `tables.load_results`
 ):                  # matplotlib Figure: one panel a group of experiments, the mean over seeds a line
@@ -153,6 +159,7 @@ def resolution_curve(
     at = frame.row.str.extract(r'(\d+)x')[0].astype(float)
     return _curve(frame, {'paper': at, 'ours': frame['ours at'].astype(float)}, 'input side (pixels)')
 
+# %% ../nbs/21_figures.ipynb #59ef7a07
 def filter_curve(
     frame:pd.DataFrame,  # `tables.paper_table('5', …)`
 ):                       # matplotlib Figure

@@ -30,10 +30,11 @@ def config_hash(
     "A short name for a configuration."
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
+# %% ../nbs/15_fit.ipynb #0ce02ec1
 def save_checkpoint(
     path,             # file, replaced in one step
-    model:torch.nn.Module,
-    optimizer,
+    model:torch.nn.Module, # whose weights
+    optimizer,        # whose moments
     progress:dict,    # epoch, step, history, sums: plain values
     config,           # the run's configuration
 ):
@@ -173,6 +174,7 @@ def _not_finite(values, progress):
     raise KitError(f"the loss became {values['loss']} in epoch {progress['epoch'] + 1}, step {progress['step'] + 1}", values,
                    'Lower the learning rate (train.lr), or train without mixed precision; the last checkpoint is kept')
 
+# %% ../nbs/15_fit.ipynb #9de5e0a2
 def _resume(checkpoint, config, model, optimizer):
     "Progress from a checkpoint of this configuration; one of another is set aside, not overwritten."
     if not checkpoint or not Path(checkpoint).exists(): return None

@@ -27,6 +27,7 @@ class Letterbox:
     new_h:int    # height within the square
     new_w:int    # width within the square
 
+# %% ../nbs/05_letterbox.ipynb #3572f844
 def letterbox_geometry(
     h:int,              # image height, pixels
     w:int,              # image width, pixels
@@ -42,6 +43,7 @@ def letterbox_geometry(
 # %% ../nbs/05_letterbox.ipynb #9cb08d9a
 GREY = 127.5/255
 
+# %% ../nbs/05_letterbox.ipynb #0a7d4d8c
 def letterbox_image(
     image:np.ndarray,   # uint8 (H, W, 3), RGB
     size:int,           # side of the square
@@ -59,6 +61,7 @@ def _centres(new, old):
     "For each of `new` cells the index of the pixel, of `old`, under its centre."
     return np.minimum(((2*np.arange(new) + 1)*old)//(2*new), old - 1)
 
+# %% ../nbs/05_letterbox.ipynb #306de753
 def letterbox_mask(
     mask:np.ndarray,    # bool (H, W)
     size:int,           # side of the square
@@ -77,6 +80,7 @@ def _grid_rows(cells, size, start, new, old, corner):
     inside = (at >= start) & (at < start + new)
     return np.where(inside, _centres(new, old)[np.clip(at - start, 0, new - 1)], -1)
 
+# %% ../nbs/05_letterbox.ipynb #a2dc8e94
 def letterbox_grid(
     mask:np.ndarray,    # bool (H, W)
     size:int,           # side of the square
@@ -101,9 +105,10 @@ def undo_letterbox(
     inside = square[..., g.top:g.top+g.new_h, g.left:g.left+g.new_w]
     return F.interpolate(inside, size=(g.h, g.w), mode='bilinear', align_corners=False)[0, 0]
 
+# %% ../nbs/05_letterbox.ipynb #49044adb
 def predict_mask(
     prob:torch.Tensor,    # float (h', w'): probabilities on the network's grid
-    geometry:Letterbox,
+    geometry:Letterbox,   # of the image that went in
     threshold:float=0.25, # the paper's, on the probability
 )->np.ndarray:            # bool (H, W)
     "The predicted mask at the original size."

@@ -81,7 +81,10 @@ def sine_positions(
 # %% ../nbs/10_locate.ipynb #90b5c505
 class DecoderLayer(nn.Module):
     "One post-norm transformer decoder layer: cells (B,N,d), positions (N,d), memory (B,M,d) -> (B,N,d)."
-    def __init__(self, d, heads, ffn, dropout=0.):
+    def __init__(self,
+        d, heads, ffn, # channels; heads of both attentions; width of the feed-forward network
+        dropout=0.,    # after each of the three
+    ):
         super().__init__()
         self.self_attn, self.cross_attn = (nn.MultiheadAttention(d, heads, batch_first=True) for _ in range(2))
         self.ffn = nn.Sequential(nn.Linear(d, ffn), nn.ReLU(inplace=True), nn.Linear(ffn, d))

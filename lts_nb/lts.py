@@ -30,6 +30,7 @@ LOCATE = { # name -> (cfg, d_text, d_k) -> module, or None; a module of your own
     'word': lambda cfg, d_text, d_k: WordFilter(d_text, d_k, cfg.max_len),
     'transformer': lambda cfg, d_text, d_k: TransformerLocate(d_k, d_text, cfg.heads, cfg.ffn, cfg.n)}
 
+# %% ../nbs/13_lts.ipynb #419c4313
 def _check(cfg):
     "KitError for the first field of an LTSConfig that cannot be."
     for name, known in (('locate', LOCATE), ('deconv', ('feature', 'mask')), ('prior_as', ('sigmoid', 'logits'))):
@@ -73,6 +74,7 @@ class LTSOutput(NamedTuple):
     prior: torch.Tensor | None
     mask: torch.Tensor
 
+# %% ../nbs/13_lts.ipynb #b4d33734
 def _make_segment(cfg, d_k):
     "Seg; it has one channel more where there is a prior."
     return Segment(d_k, cfg.aspp_width, cfg.aspp_rates, cfg.deconv, cfg.locate != 'none', cfg.prior_as)

@@ -30,6 +30,7 @@ def intersection_union(
 # %% ../nbs/14_metrics.ipynb #e366667e
 THRESHOLDS = 5, 6, 7, 8, 9 # tenths
 
+# %% ../nbs/14_metrics.ipynb #01247be6
 def summarise(
     intersection, # n ints: pixels
     union,        # n ints: pixels, each ≥ 1
@@ -71,6 +72,7 @@ def encode_rle(
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {'size': [int(v) for v in rle['size']], 'counts': rle['counts'].decode('ascii')}
 
+# %% ../nbs/14_metrics.ipynb #c023bb74
 def write_predictions(
     path,         # .json to write
     predictions,  # iterable of (sent_id, bool (H, W) mask at the image's size)
@@ -85,6 +87,7 @@ def _few(items):
     items = list(items)
     return ', '.join(map(str, items[:5])) + (f' and {len(items) - 5} more' if len(items) > 5 else '')
 
+# %% ../nbs/14_metrics.ipynb #3ef6e856
 def read_predictions(
     path,   # .json: [{"sent_id": …, "segmentation": {"size": [h, w], "counts": "…"}}, …]
 )->dict:    # sent_id -> segmentation, as it stands in the file
@@ -109,6 +112,7 @@ def _prediction(segmentation, image):
     try: return decode_rle(segmentation, image.height, image.width)
     except KitError as e: return e.what
 
+# %% ../nbs/14_metrics.ipynb #0c2dc31a
 def _check_ids(predicted, wanted, path, split):
     "Every sentence of the split must be there, and no other."
     missing, unknown = sorted(wanted - predicted), sorted(predicted - wanted)

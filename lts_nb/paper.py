@@ -55,6 +55,7 @@ def methods(
     heads = [line.split('|')[0].split() for line in _table1.strip().splitlines()]
     return pd.DataFrame(heads, columns=['method', 'backbone', 'dense_crf'])
 
+# %% ../nbs/00_paper.ipynb #2ab5ffdf
 def _values(text):
     "Table 1 with its first column alone before the bar."
     return '\n'.join(f"{a.split()[0]} | {b}" for a, b in (line.split('|') for line in text.strip().splitlines()))

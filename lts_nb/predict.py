@@ -28,6 +28,7 @@ def _text(path, what, mend):
     except (FileNotFoundError, NotADirectoryError): raise KitError(f'{what} is not there', path, mend) from None
     except (OSError, ValueError) as e: raise KitError(f'{what} cannot be read', path, mend) from e
 
+# %% ../nbs/26_predict.ipynb #57e80e9e
 def _result(folder):
     "What a finished run wrote of itself."
     path, mend = folder/'result.json', 'Give the folder of a finished run, such as out/cpu/runs/lts-refshapes-cpu-s0 (lts plan lists them)'
@@ -46,6 +47,7 @@ def _load_weights(model, path):
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as e:
         raise KitError('the checkpoint cannot be read', path, "Delete the run's folder and run lts reproduce again") from e
 
+# %% ../nbs/26_predict.ipynb #fc9b2afc
 def _device(config): return 'cuda' if config['compute']['device'] == 'auto' and torch.cuda.is_available() else 'cpu'
 
 # %% ../nbs/26_predict.ipynb #5390aa1b
@@ -87,13 +89,14 @@ def predict(
 
 # %% ../nbs/26_predict.ipynb #b7cbf48c
 def unknown_words(
-    run, expression:str,
+    run, expression:str, # from `load_run`; a referring expression
 )->list: # words of the expression that training never met, each once
     "Which words of a sentence the run does not know."
     return list(dict.fromkeys(w for w in tokenize(expression) if run.vocab.index.get(w, UNK) == UNK))
 
+# %% ../nbs/26_predict.ipynb #25ff5a95
 def reading_notes(
-    run, expression:str,
+    run, expression:str, # from `load_run`; a referring expression
 )->list: # of sentences, empty where every word is read
     "What of a sentence the run does not read."
     n, most = len(tokenize(expression)), run.config['data']['max_len']
@@ -105,6 +108,7 @@ def reading_notes(
 _TURNS = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),  # EXIF orientation
           6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90}
 
+# %% ../nbs/26_predict.ipynb #f60084e7
 def read_picture(
     path,  # any format that Pillow reads
 )->np.ndarray: # (H, W, 3) uint8, as the picture is shown
@@ -125,6 +129,7 @@ def overlay(
     "The mask in red over the picture."
     return np.where(mask[..., None], image*.45 + np.array([255, 50, 90])*.55, image).astype(np.uint8)
 
+# %% ../nbs/26_predict.ipynb #27041e69
 def heat(
     image:np.ndarray, prior:np.ndarray, # (H, W, 3) uint8; (H, W) in 0 … 1
 )->np.ndarray:                          # (H, W, 3) uint8
@@ -132,13 +137,14 @@ def heat(
     colours = colormaps['inferno'](prior/max(float(prior.max()), 1e-9))[..., :3]*255
     return (image*.35 + colours*.65).astype(np.uint8)
 
+# %% ../nbs/26_predict.ipynb #10ae6668
 def _save(path, pixels):
     with atomic_path(path) as tmp: PILImage.fromarray(pixels).save(tmp, format='PNG')
 
 # %% ../nbs/26_predict.ipynb #8ae06a17
 def predict_file(
     run,             # from `load_run`, or a run's folder
-    image_path, expression:str,
+    image_path, expression:str, # a picture on disk; a referring expression
     out,             # the mask's file, .png; -overlay.png and -prior.png stand beside it
     root=None,       # as for `load_run`
 )->list: # the files written: mask, overlay and, where the model has one, prior
@@ -162,6 +168,7 @@ def _check_writable(path):
     except OSError as e: raise disk_error(e, Path(path).parent) from e
     if Path(path).is_dir(): raise KitError('the predictions would be written over a folder', path, 'Give --predictions the name of a file')
 
+# %% ../nbs/26_predict.ipynb #da686cfd
 def evaluate_run(
     folder, root, dataset:str, split:str, # a run's folder; the data
     by=None,            # partition of the data set; None: its usual one

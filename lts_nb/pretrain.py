@@ -33,8 +33,9 @@ def class_names(
     colours = {a.extra['colour'] for a in refer.annotations.values() if 'colour' in a.extra}
     return list(refer.categories.values()) + sorted(colours)
 
+# %% ../nbs/16_pretrain.ipynb #0f9686a4
 def class_maps(
-    refer:Refer,
+    refer:Refer,      # whose masks and categories
     annotations:list, # of one image
     names:list,       # from `class_names`
     size:int,         # side of the letterboxed input
@@ -67,6 +68,7 @@ class _Cells(Dataset):
         y = np.stack([class_maps(self.refer, self.of.get(i, []), self.names, size) for i in ids])
         return dict(x=x, y=torch.from_numpy(y), rows=ids)
 
+# %% ../nbs/16_pretrain.ipynb #21d99494
 def _plan(image_ids, seed, epoch, n, batch, sizes):
     "The epoch's (ids, size) pairs."
     rng = np.random.default_rng(np.random.SeedSequence((seed, epoch)))
@@ -78,7 +80,7 @@ def _plan(image_ids, seed, epoch, n, batch, sizes):
 class CellClassifier(nn.Module):
     "A backbone with a 1×1 classifier on each of its three maps, and a 1×1 regressor of places on the coarsest."
     def __init__(self,
-        backbone:Darknet53,
+        backbone:Darknet53, # trained along
         classes:int,  # from `class_names`
     ):
         super().__init__()
@@ -110,10 +112,10 @@ def pretrain(
     refers:list,         # Refer of each set of the family
     backbone:Darknet53,  # trained in place, left in eval mode and frozen
     *, images:int,       # images to look at in all, repeats included
-    batch:int=16, lr:float=4e-3, epochs:int=9, decay:int=7, seed:int=0,
+    batch:int=16, lr:float=4e-3, epochs:int=9, decay:int=7, seed:int=0, # as for `fit`
     sizes=(128,),        # input sizes, one drawn a batch
     workers:int=0,       # loader processes
-    checkpoint=None, accelerator=None,
+    checkpoint=None, accelerator=None, # as for `fit`
 )->list:                 # history
     "Train a backbone on the category and colour of cells; goes on where a checkpoint stands."
     names, ids, each = class_names(refers[0]), pretraining_images(refers), images//epochs
@@ -133,12 +135,13 @@ def pretrain(
 
 # %% ../nbs/16_pretrain.ipynb #a8254d47
 def save_backbone(
-    backbone:Darknet53,
+    backbone:Darknet53, # whose weights and statistics
     path,  # a .safetensors file
 ):
     "Write a backbone's weights."
     with atomic_path(path) as tmp: save_file({k: v.contiguous().cpu() for k, v in backbone.state_dict().items()}, tmp)
 
+# %% ../nbs/16_pretrain.ipynb #6eea388a
 def load_backbone(
     backbone:Darknet53,  # of the same shape; filled in place
     path,                # a .safetensors file

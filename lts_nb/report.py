@@ -20,7 +20,7 @@ from .tables import (intervals_frame, load_results, paper_table, results_frame, 
 
 # %% ../nbs/24_report.ipynb #1f086d8e
 def wanted_rows(
-    preset:str,
+    preset:str,       # smoke, cpu, gpu or paper
     tables=None,      # table numbers; None: all
 )->pd.DataFrame:      # rows() with `ours`, the data set that plays the paper's
     "The cells that a report shall fill."
@@ -29,7 +29,7 @@ def wanted_rows(
     return frame.assign(ours=frame.dataset.map(preset_of(preset)['datasets'])).reset_index(drop=True)
 
 def missing_runs(
-    preset:str, wanted:pd.DataFrame, results:list,
+    preset:str, wanted:pd.DataFrame, results:list, # of `wanted_rows` and `load_results`
 )->list: # names of runs that a row needs and no result tells of
     "Which runs a report lacks, at seed 0 and at every seed that any of its runs has."
     there = {(r['experiment'], r['dataset'], r['seed']) for r in results}
@@ -61,6 +61,7 @@ def runs_frame(
             fingerprint=r['fingerprint'], commit=r['code']['commit'], torch=r['versions']['torch'], device=h['gpu'] or h['cpu']))
     return pd.DataFrame(out)
 
+# %% ../nbs/24_report.ipynb #1c1c16a9
 def _flat(config, prefix=''):
     "{'model.n': 1, …} of a nested configuration, without what names the run or says where it ran."
     skip = ('run', 'experiment', 'preset', 'compute', 'splits')
@@ -93,6 +94,7 @@ def _examples(results, experiment, dataset, name='examples'):
     found = [r for r in results if (r['experiment'], r['dataset']) == (experiment, dataset)]
     return load_examples(found[0]['folder'], name) if found else []
 
+# %% ../nbs/24_report.ipynb #b41b23bc
 def make_figures(
     results:list, frames:dict,  # from `load_results`; {table: frame}
     dataset:str,                # the one that plays RefCOCO
@@ -132,7 +134,7 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name=
 {% for id, title, parts in sections %}<section id="{{ id }}"><h2>{{ title }}</h2>
 {% for part in parts %}{% if part.text %}<p>{{ part.text }}</p>{% endif %}
 {% if part.grid %}<div class="wide"><table>{% if part.grid.caption %}<caption>{{ part.grid.caption }}</caption>{% endif %}
-<thead>{% for line in part.grid.head %}<tr>{% for text, span in line %}<th{% if span > 1 %} colspan="{{ span }}"{% endif %}>{{ text }}</th>{% endfor %}</tr>{% endfor %}</thead>
+<thead>{% for line in part.grid.head %}<tr>{% for text, span in line %}<th{% if span > 1 %} colspan="{{ span }}"{% elif loop.index0 in part.grid.wrap %} class="t"{% endif %}>{{ text }}</th>{% endfor %}</tr>{% endfor %}</thead>
 <tbody>{% for line in part.grid.body %}<tr>{% for text, best in line %}<td{% if loop.index0 in part.grid.wrap %} class="t"{% endif %}>{% if best %}<b>{{ text }}</b>{% else %}{{ text }}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endif %}
 {% if part.figure %}<figure><img alt="{{ part.caption }}" src="data:image/png;base64,{{ part.figure }}"><figcaption>{{ part.caption }}</figcaption></figure>{% endif %}
 {% if part.codes %}<details><summary>{{ part.summary }}</summary>{% for c in part.codes %}<p><code>{{ c }}</code></p>{% endfor %}</details>{% endif %}
@@ -150,7 +152,7 @@ def block_grid(
     return dict(caption=block['title'], wrap=[], head=head, body=body)
 
 def frame_grid(
-    frame:pd.DataFrame, digits:int=1, caption:str='',
+    frame:pd.DataFrame, digits:int=1, caption:str='', # any; decimals of its floats; above the table
     wrap=(),  # columns of running text
 )->dict:      # as `block_grid`
     "A data frame as lines of cells."
@@ -163,6 +165,7 @@ TITLES = {'1': 'Table 1: against the state of the art', '2': 'Table 2: ablation'
 HOW_TO_READ = ('Each cell: the paper’s number, ours, the difference, our mean IoU, and the span between blind floor (a model trained with other objects’ sentences) and ceiling '
                '(a perfect mask through this row’s target grid and inference). IoU is overall IoU: an inference about the paper, not its word. The best of a column is bold.')
 
+# %% ../nbs/24_report.ipynb #81ce4159
 def _table_section(t, frame):
     parts = [dict(text=HOW_TO_READ)] if t == '1' else []
     return f'table{t}', TITLES[t], parts + [dict(grid=block_grid(b)) for b in table_blocks(t, frame)]
@@ -171,6 +174,7 @@ def _table_section(t, frame):
 HOW_JUDGED = ('A claim is about overall IoU on val, in points. Its interval is the envelope of two 95 % intervals: over test images (paired bootstrap) and over training seeds (Student’s t). '
               '“Reproduced”: it lies on the claimed side; “not reproduced”: on the other; “comparable” and “does not beat” allow a margin of one point.')
 
+# %% ../nbs/24_report.ipynb #30473f04
 def _claims_section(claims):
     parts = [dict(text=HOW_JUDGED)]
     for dataset, c in claims.groupby('dataset', sort=False):
@@ -214,6 +218,7 @@ def _frozen(preset, dataset, print_):
     frozen = FROZEN.get(preset, {}).get(dataset)
     return print_ + ('' if frozen is None else ' (the frozen data)' if frozen == print_ else f' (NOT the frozen data, {frozen})')
 
+# %% ../nbs/24_report.ipynb #183fee41
 def _made_section(preset, runs, results):
     "Where the numbers come from."
     shown = runs.drop(columns=['experiment', 'commit', 'torch', 'device', 'fingerprint'])
@@ -240,7 +245,7 @@ def _evidence(results, preset):
 # %% ../nbs/24_report.ipynb #18997d14
 def write_report(
     DIR,                # the report's folder, with DIR/runs
-    preset:str,
+    preset:str,         # smoke, cpu, gpu or paper
     tables=None,        # table numbers; None: all
     failed=(),          # names of runs that failed
 )->dict:                # {'tables': {number: frame}, 'results': long frame, 'missing': [run]}
@@ -272,6 +277,7 @@ def _sections(DIR, preset, results, frame, frames, runs, evidence):
                     _figure_section(make_figures(results, frames, dataset)), _made_section(preset, runs, results)]
     return [(id, title, [_embed(p, DIR/'figures') for p in ps]) for id, title, ps in filter(None, [_claims_section(evidence['claims']), *sections])]
 
+# %% ../nbs/24_report.ipynb #2d6c0c92
 def _write_page(DIR, preset, results, frame, frames, runs, missing, failed, evidence):
     "Render `index.html`."
     dataset = preset_of(preset)['datasets']['refcoco']
@@ -287,6 +293,7 @@ def _write_page(DIR, preset, results, frame, frames, runs, missing, failed, evid
 # %% ../nbs/24_report.ipynb #48ea32ac
 BROWSERS = ('chromium', 'chromium-browser', 'chromium-headless-shell', 'google-chrome', 'google-chrome-stable', 'chrome')
 
+# %% ../nbs/24_report.ipynb #44dcc2ab
 def print_pdf(
     DIR,            # the report's folder, with index.html
     timeout=120,    # seconds

@@ -78,6 +78,7 @@ class Thing:
     y:float = 0.
     whole:bool = True             # nothing covers it
 
+# %% ../nbs/03_shapes.ipynb #36bdafba
 @dataclass
 class Scene:
     "A picture's content: things in the order in which they are painted."

@@ -26,6 +26,7 @@ def _load(path):
     if absent: raise KitError(f'the result lacks {", ".join(absent)}', path, mend)
     return {**result, 'folder': path.parent}
 
+# %% ../nbs/20_tables.ipynb #5fcd0941
 def load_results(
     DIR,              # a report's folder, with the runs under DIR/runs
     preset:str=None,  # only the runs of this preset; None takes all
@@ -49,6 +50,7 @@ def _numbers(result):
         for metric, value in {**m, **extra}.items():
             if metric in _order and value is not None and np.isfinite(value): yield split, metric, float(value)
 
+# %% ../nbs/20_tables.ipynb #2a17eda2
 def results_frame(
     results:list,    # from `load_results`
 )->pd.DataFrame:     # experiment, dataset, split, seed, metric, value (percent), in a fixed order
@@ -58,6 +60,7 @@ def results_frame(
     key = lambda c: c.map(_order.index) if c.name == 'metric' else c.map(_split_rank) if c.name == 'split' else c
     return frame.sort_values(['experiment', 'dataset', 'split', 'seed', 'metric'], key=key, kind='stable').reset_index(drop=True)
 
+# %% ../nbs/20_tables.ipynb #f6de1e83
 def _split_rank(split): return dict(val='0', testA='1', testB='2', test='3').get(split, f'4{split}')
 
 # %% ../nbs/20_tables.ipynb #170150ff

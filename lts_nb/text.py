@@ -23,6 +23,7 @@ def tokenize(
 # %% ../nbs/04_text.ipynb #d082237d
 PAD, UNK = 0, 1
 
+# %% ../nbs/04_text.ipynb #7bd1994c
 @dataclass(frozen=True)
 class Vocab:
     "The words that a model knows; index 0 is padding, 1 an unknown word."
@@ -57,7 +58,7 @@ def build_vocab(
 # %% ../nbs/04_text.ipynb #bdba3083
 def encode(
     sentence,    # str, or a list of tokens
-    vocab:Vocab,
+    vocab:Vocab, # of the run
     max_len:int, # words kept: 15 for RefCOCO and RefCOCO+, 20 for RefCOCOg (§4.1)
 )->list:         # of 1 … max_len indices
     "An expression as indices into the vocabulary. Raises `KitError` where it has no word."
@@ -83,6 +84,7 @@ def _check_line(line, dim, path, number):
         raise KitError(f'line {number} is not a word and {dim} numbers', path, 'Is it a vectors file as text (not zipped), and complete?')
     return parts[0]
 
+# %% ../nbs/04_text.ipynb #4353a4b2
 def _check_dimension(line, dim, path):
     "The first line tells a file's dimension."
     found = len(line.split()) - 1
@@ -117,6 +119,7 @@ def _torchtext_manners():
         with contextlib.redirect_stderr(io.StringIO()): yield
     finally: ssl._create_default_https_context = before
 
+# %% ../nbs/04_text.ipynb #4ccc5ac9
 def _read_vectors(path, vocab, dim):
     "torchtext's `Vectors` of the vocabulary's words, or None where the file has none of them."
     from torchtext.vocab import Vectors
@@ -131,7 +134,7 @@ def _read_vectors(path, vocab, dim):
 # %% ../nbs/04_text.ipynb #841562fa
 def load_vectors(
     path,        # text: a word and its numbers a line, such as glove.6B.300d.txt
-    vocab:Vocab,
+    vocab:Vocab, # of the run
     dim:int,     # 300 in the paper; must be the file's
     seed:int,    # of the words that the file lacks
 )->torch.Tensor: # float32 (len(vocab), dim); row 0 (padding) is zero

@@ -60,6 +60,7 @@ def open_data(
     print_ = manifest['fingerprints'][d['dataset']] if manifest and d['dataset'].startswith('refshapes') else fingerprint(refer)
     return refer, build_vocab(refer, **({'split': d['vocab_split']} if d.get('vocab_split') else {})), print_
 
+# %% ../nbs/18_train.ipynb #5defa73c
 def open_backbone(
     config:dict,  # of a run
     weights,      # a .safetensors file of ours or a Darknet .weights file
@@ -75,7 +76,7 @@ def open_backbone(
 # %% ../nbs/18_train.ipynb #ddf3ac13
 def build_model(
     config:dict,       # of a run
-    vocab:Vocab,
+    vocab:Vocab,       # of the training split
     channels:tuple,    # of the backbone's maps
     tail=None,         # the part of the backbone that trains
     vectors=None,      # path of a vectors file; None: drawn
@@ -95,7 +96,7 @@ class _Batches(Dataset):
         return b | ({'pixels': self.source.images(b['images'])} if live else {'features': self.source(b['images'])})
 
 def loader(
-    samples:Samples,
+    samples:Samples, # of a split
     source,          # a feature source
     batches:list,    # lists of rows
     workers:int=0,   # processes
@@ -104,10 +105,11 @@ def loader(
     return DataLoader(_Batches(samples, source), batch_size=None, sampler=batches, num_workers=workers,
                       generator=torch.Generator(), prefetch_factor=4 if workers else None)
 
+# %% ../nbs/18_train.ipynb #bbf2bd3f
 def model_inputs(
-    batch:dict,
+    batch:dict,      # from `loader`
     source,          # the feature source it came from
-    device,
+    device,          # of the model
 )->tuple:            # (features, tokens, lengths)
     "A batch's inputs on the device."
     f = source.of_images(batch['pixels']) if 'pixels' in batch else batch['features']
@@ -115,13 +117,13 @@ def model_inputs(
 
 # %% ../nbs/18_train.ipynb #a17bbae1
 def train_model(
-    model:LTS,
+    model:LTS,         # trained in place
     samples:Samples,   # of the training split
     source,            # feature source
     config:dict,       # of the run
-    acc:Accelerator,
+    acc:Accelerator,   # from `set_up`
     checkpoint=None,   # file to go on from
-    after_epoch=None,
+    after_epoch=None,  # called with (epoch, history)
 )->list:               # history
     "Train a run's model."
     t, device = config['train'], acc.device
@@ -137,7 +139,12 @@ def train_model(
         return lts_loss(out, target.to(device), b['prior'].to(device), t['lam'], t['reduction'])
     return fit(model, loss_of, batches, t['epochs'], t['lr'], t['decay'], checkpoint, run_key(config), acc, t['weight_decay'], after_epoch=after_epoch, desc=config['experiment'])
 
-def run_key(config): return {k: v for k, v in config.items() if k != 'compute'} | {'precision': config['compute']['precision']}
+# %% ../nbs/18_train.ipynb #efd05504
+def run_key(
+    config:dict, # of a run
+)->dict:         # what a checkpoint must have been made with
+    "A run's configuration without what changes only where it runs."
+    return {k: v for k, v in config.items() if k != 'compute'} | {'precision': config['compute']['precision']}
 
 # %% ../nbs/18_train.ipynb #a81609bd
 def _other_object(samples):
@@ -150,6 +157,7 @@ def _other_object(samples):
         out.append(anns[(anns.index(ref.ann_id) + 1) % len(anns)] if len(anns) > 1 else None)
     return out
 
+# %% ../nbs/18_train.ipynb #5c2923f4
 def _score(out, i, samples, row, other, mask_of, on_mask):
     "One sentence's numbers: I, U, pointing hit (-1: no prior), swapped I, swapped U."
     ref, sentence = samples.rows[row]
@@ -163,7 +171,7 @@ def _score(out, i, samples, row, other, mask_of, on_mask):
 
 # %% ../nbs/18_train.ipynb #e18801f8
 def sentence_facts(
-    samples:Samples,
+    samples:Samples, # of a split
 )->dict: # arrays over sentences: sent_id, ref_id, image_id, sentence, area (share of the image), same (objects of the category in the image)
     "What is known of each sentence of a split before any model has seen it."
     refer, of = samples.refer, Counter((a.image_id, a.category_id) for a in samples.refer.annotations.values() if not a.iscrowd)
@@ -175,16 +183,17 @@ def sentence_facts(
 # %% ../nbs/18_train.ipynb #846dfb51
 THRESHOLD = .25  # the paper's, §3.4
 
+# %% ../nbs/18_train.ipynb #74dbf57e
 @torch.inference_mode()
 def evaluate(
-    model:LTS,
+    model:LTS,         # trained
     samples:Samples,   # of the split to score
     source,            # feature source
-    device='cpu',
-    batch:int=64,
-    workers:int=0,
+    device='cpu',      # of the model
+    batch:int=64,      # sentences at once
+    workers:int=0,     # loader processes
     on_mask=None,      # called with (Sentence, Ref, mask, prior logits on the grid, truth) for every sentence
-    progress:bool=True,
+    progress:bool=True, # show a bar
 )->dict:               # arrays over sentences: those of `sentence_facts`, intersection, union, hit, other_i, other_u
     "Score every sentence of a split at the original image size."
     model.eval()
@@ -206,6 +215,7 @@ def split_metrics(
     hits = scores['hit'][scores['hit'] >= 0]
     return out | {'pointing': 100*float(hits.mean()) if len(hits) else None}
 
+# %% ../nbs/18_train.ipynb #c72e3183
 def swapped_metrics(
     scores:dict,  # from `evaluate`
 )->dict:          # the metrics against another object of the image
@@ -215,7 +225,7 @@ def swapped_metrics(
 
 # %% ../nbs/18_train.ipynb #def66d00
 def split_ceiling(
-    samples:Samples,
+    samples:Samples,  # of a split
     stride:int,       # 4 with the segmentation module, 8 without
     cache=None,       # file to keep it in
 )->dict:              # the metrics of a perfect mask
@@ -235,6 +245,7 @@ def _version(name):
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return None
 
+# %% ../nbs/18_train.ipynb #f606ae12
 def environment()->dict: # versions, hardware
     "Versions and hardware of this process."
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
@@ -242,6 +253,7 @@ def environment()->dict: # versions, hardware
     return dict(versions={'python': platform.python_version(), **{p: _version(p) for p in PACKAGES}},
                 hardware=dict(cpu=cpu, cores=os.cpu_count(), memory_gb=round(psutil.virtual_memory().total/2**30, 1), gpu=gpu, threads=torch.get_num_threads()))
 
+# %% ../nbs/18_train.ipynb #8b0b8119
 def peak_memory_mb()->float: # MB
     "Largest resident size of this process so far."
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1 if sys.platform == 'darwin' else 1024)/(2**20 if sys.platform == 'darwin' else 1), 1)
@@ -257,7 +269,7 @@ def _example(samples, sentence, ref, mask, prior, truth):
 class ExampleKeeper:
     "Collects pictures of a few fixed sentences while a split is scored."
     def __init__(self,
-        samples:Samples,
+        samples:Samples, # of the split that is scored
     ):
         step = max(len(samples)//EXAMPLES, 1)
         self.samples, self.wanted, self.kept = samples, {samples.rows[i][1].sent_id for i in range(0, len(samples), step)}, []
@@ -270,7 +282,7 @@ WORST = 6  # of each kind
 class WorstKeeper:
     "Collects the sentences with the lowest IoU, one an object: prior beside the object, and prior (if there is one) on it."
     def __init__(self,
-        samples:Samples,
+        samples:Samples, # of the split that is scored
     ): self.samples, self.worst = samples, {0: [], 1: []}
     def __call__(self, sentence, ref, mask, prior, truth):
         i, u = intersection_union(mask, truth)
@@ -292,7 +304,7 @@ def pack_examples(
     return out | {f'{k}_{i}': e[k] for i, e in enumerate(examples) for k in ('image', 'prediction', 'truth', 'prior') if e[k] is not None}
 
 def save_arrays(
-    path,
+    path,         # .npz to write
     arrays:dict,  # name -> array or list
 ):
     "Write arrays as .npz, completely or not at all."
@@ -302,7 +314,9 @@ def save_arrays(
 # %% ../nbs/18_train.ipynb #3964f628
 class Run:
     "A prepared run: data, features and model, on their device."
-    def __init__(self, config, root, out):
+    def __init__(self,
+        config:dict, root, out, # from `experiments.run_config`; the data's folder; the report's
+    ):
         self.config, self.root, self.out, self.began = config, Path(root), Path(out), time.time()
         self.folder = self.out/'runs'/config['run']
         try: self.folder.mkdir(parents=True, exist_ok=True)
@@ -345,9 +359,9 @@ def prepare(
 
 # %% ../nbs/18_train.ipynb #ee83c1fc
 def open_features(
-    config:dict, refer:Refer, backbone, fingerprint:str,
+    config:dict, refer:Refer, backbone, fingerprint:str, # of a run: its data, its frozen body, the data's fingerprint
     out,            # folder of the report
-    device='cpu',
+    device='cpu',   # where the backbone runs
 ):                  # CachedFeatures, or LiveFeatures where there is no room
     "A run's feature source; computes the cache where it does not stand yet."
     d, bound = config['data'], config['compute']['cache_gb']*2**30
@@ -359,7 +373,7 @@ def open_features(
 
 # %% ../nbs/18_train.ipynb #947ae9c1
 def score_run(
-    run:Run,
+    run:Run, # trained
 )->tuple:  # ({split: metrics}, {split: swapped metrics}, {split: ceiling})
     "Score a trained run on its splits and keep every sentence's numbers and the examples beside the checkpoint."
     metrics, swapped, ceilings = {}, {}, {}
@@ -386,7 +400,7 @@ def _commit():
 
 # %% ../nbs/18_train.ipynb #d620f74b
 def write_result(
-    run:Run,
+    run:Run,          # trained and scored
     history:list,     # from `train_model`
     scored:tuple,     # from `score_run`
     modules:dict,     # {module: hash} of the code that took part
