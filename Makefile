@@ -5,7 +5,7 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 SECONDS_A_NOTEBOOK ?= 300
 ARGS ?=
 BIN := .venv/bin
-LESSONS := $(sort $(wildcard nbs/*.ipynb))
+LESSONS := $(sort $(wildcard nbs/*.ipynb)) $(sort $(wildcard nbs/tutorials/*.ipynb))
 
 .PHONY: help setup reproduce test check lessons pytest export readme docs clean
 .DEFAULT_GOAL := help
@@ -40,6 +40,7 @@ pytest: setup
 	$(BIN)/pytest --ignore tests/test_clean.py
 
 export: setup ## lts_nb/ and README.md from the notebooks, and clean them
+	$(BIN)/python tools/strip.py
 	$(BIN)/nbdev_export
 	$(MAKE) --no-print-directory readme
 	$(BIN)/nbdev_clean --fname nbs

@@ -184,11 +184,20 @@ def decode_segmentation(
     if not mask.any(): raise KitError('the mask is empty')
     return mask
 
-# %% ../nbs/02_refer.ipynb #b0c5036d
+# %% ../nbs/02_refer.ipynb #bb3fc5f8
 def _how_to_get(dataset, root):
     "The command that brings a dataset's files to `root`."
     if dataset.startswith('refshapes'): return f'Make it: lts data make {dataset} --root {root}'
     return 'data/README.md says where to get it and where to put it'
+
+def _partition(root, dataset, by):
+    "The partition that is meant: the one asked for, the paper's, or the only one that a data set of one's own has."
+    known = {*SPLIT_FILES, *(p.parent.name for p in Path(root).glob('*/instances.json'))}
+    if dataset not in known: raise unknown_name('data set', dataset, known)
+    if by or dataset in SPLIT_FILES: return by or SPLIT_FILES[dataset]
+    there = sorted(p.name[5:-3] for p in (Path(root)/dataset).glob('refs(*).p'))
+    if len(there) != 1: raise KitError(f'{dataset} has {len(there)} partitions: {", ".join(there) or "no refs(…).p"}', Path(root)/dataset, 'Name one: --by')
+    return there[0]
 
 def _refs_path(root, dataset, by):
     "Where a dataset's refs are; `KitError` names what is missing."
@@ -224,16 +233,15 @@ def _check_links(refer, path):
             raise KitError(f'ref {r.ref_id} names annotation {r.ann_id} of image {r.image_id}, which instances.json does not have',
                            path, 'The two files are of different releases; fetch both again')
 
-# %% ../nbs/02_refer.ipynb #58accf68
+# %% ../nbs/02_refer.ipynb #ce47301b
 class Refer:
     "A REFER data set: `images`, `annotations`, `categories` and `refs`, each a dict by id."
     def __init__(self,
         root,          # folder with `<dataset>/` and `images/`
-        dataset:str,   # a name in `SPLIT_FILES`
-        by:str=None,   # partition; default: the paper's
+        dataset:str,   # a name in `SPLIT_FILES`, or of a folder of your own
+        by:str=None,   # partition; default: the paper's, or the only one
     ):
-        if dataset not in SPLIT_FILES: raise unknown_name('data set', dataset, SPLIT_FILES)
-        self.root, self.dataset, self.by = Path(root), dataset, by or SPLIT_FILES[dataset]
+        self.root, self.dataset, self.by = Path(root), dataset, _partition(root, dataset, by)
         path = _refs_path(self.root, dataset, self.by)
         where = path.parent/'instances.json'
         found = _read_instances(where)
