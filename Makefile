@@ -49,7 +49,7 @@ readme: setup ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 	$(BIN)/nbdev_clean --fname nbs/index.ipynb
 
-docs: setup ## the reading site, in site/
+docs: setup ## the reading site, in site/; with its search: .venv/bin/python -m http.server -d site
 	$(BIN)/mkdocs build --strict
 
 clean: ## remove what can be made again, except .venv, data/ and out/

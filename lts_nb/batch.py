@@ -86,6 +86,11 @@ def known_seconds(
         if r := _result(out, f.parent.name): seconds[r['experiment'], r['dataset']] = r['seconds']['total']
     return seconds
 
+# %% ../nbs/25_batch.ipynb #2d65be5d
+def _failed(out):
+    try: return json.loads((Path(out)/'failed.json').read_text())
+    except (OSError, ValueError): return []
+
 # %% ../nbs/25_batch.ipynb #f2599f70
 def plan(
     preset:str='cpu', tables=None, seeds:int=1, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
@@ -112,11 +117,6 @@ def describe_plan(
     left = 'nothing to do' if not len(todo) else f'about {len(todo)*known.mean()/jobs/60:.0f} minutes left on {jobs} at a time' if len(known) else 'no run of this preset has been timed yet'
     missing = missing_inputs(preset, Path(root or default_root(preset)))
     return '\n'.join([*lines, f'{counts}; {left}.', *missing, *(['data/README.md says where to get it and where to put it.'] if missing else [])])
-
-# %% ../nbs/25_batch.ipynb #2d65be5d
-def _failed(out):
-    try: return json.loads((Path(out)/'failed.json').read_text())
-    except (OSError, ValueError): return []
 
 # %% ../nbs/25_batch.ipynb #2dc753e8
 def missing_inputs(

@@ -60,7 +60,7 @@ CLAIMS += [
 ]
 assert len({c.claim for c in CLAIMS}) == len(CLAIMS)
 
-# %% ../nbs/22_claims.ipynb #a367aadf
+# %% ../nbs/22_claims.ipynb #87c9b039
 def printed_effect(
     claim:Claim, dataset:str, # 'refcoco', 'refcoco+' or 'refcocog'
     split:str='val',          # val, testA, testB or test
@@ -82,7 +82,7 @@ def seed_interval(
     half = stats.t.ppf(.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
     return float(d.mean() - half), float(d.mean() + half)
 
-# %% ../nbs/22_claims.ipynb #327f4427
+# %% ../nbs/22_claims.ipynb #6118ba5c
 _columns = {'oIoU': (0, 1), 'mIoU': (2, 3), 'pointing': (9, 10)}
 
 def _value(totals, metric):
@@ -90,7 +90,7 @@ def _value(totals, metric):
     top, bottom = (totals[..., c].sum(-1) for c in _columns[metric])
     return 100 * top / bottom
 
-# %% ../nbs/22_claims.ipynb #28c9383b
+# %% ../nbs/22_claims.ipynb #947ac913
 def image_interval(
     pairs:list,         # (totals, totals) a seed, from `image_totals`: the one, and the one it is compared with (or a number)
     metric:str='oIoU',  # oIoU, mIoU or pointing
@@ -102,7 +102,7 @@ def image_interval(
     low, high = bootstrap_interval(mean, len(pairs[0][0]), draws)
     return float(low[0]), float(high[0])
 
-# %% ../nbs/22_claims.ipynb #6374109e
+# %% ../nbs/22_claims.ipynb #3cf52574
 MARGIN = 1.  # points of overall IoU that "comparable" and "does not beat" allow
 
 _sides = {  # test → (claimed side, other side) of an interval
@@ -120,7 +120,7 @@ def verdict(
     claimed, other = _sides[test]
     return 'reproduced' if claimed(low, high) else 'not reproduced' if other(low, high) else 'inconclusive'
 
-# %% ../nbs/22_claims.ipynb #1df3ad12
+# %% ../nbs/22_claims.ipynb #672c2d9f
 def _pairs(results, better, than, dataset, split, metric, printed=None):
     "{seed: (totals, totals or number)} of the seeds that both experiments have."
     of = lambda e: {r['seed']: r for r in results if (r['experiment'], r['dataset']) == (e, dataset) and (r['folder']/f'samples-{split}.npz').exists()}
@@ -128,7 +128,7 @@ def _pairs(results, better, than, dataset, split, metric, printed=None):
     seeds = sorted(a) if printed else sorted(set(a) & set(b))
     return {s: (image_totals(load_samples(a[s], split)), printed or image_totals(load_samples(b[s], split))) for s in seeds}
 
-# %% ../nbs/22_claims.ipynb #b3d1379e
+# %% ../nbs/22_claims.ipynb #bb134c83
 def effect(
     pairs:dict, metric:str,  # {seed: (totals, totals or number)}
     draws:int=2000, # of the bootstrap
@@ -149,7 +149,7 @@ def grid_share(
     at = lambda e, metric: m.get((e, metric), np.nan)
     return at(than, 'oIoU') * (at(better, 'ceiling oIoU') / at(than, 'ceiling oIoU') - 1)
 
-# %% ../nbs/22_claims.ipynb #721c65a8
+# %% ../nbs/22_claims.ipynb #4452b359
 def _steps(claim):
     "(better row, than row) of each step."
     if claim.test == 'rising': return list(zip(claim.rows[1:], claim.rows[:-1]))
@@ -160,7 +160,7 @@ def _experiments(claim, role):
     r = rows()
     return r[(r.table == claim.table) & (r.dataset == role)].drop_duplicates('row').set_index('row').experiment.to_dict()
 
-# %% ../nbs/22_claims.ipynb #09a2eb6a
+# %% ../nbs/22_claims.ipynb #15dfd25b
 def effects_frame(
     results:list, preset:str, # from `load_results`
     draws:int=2000, # of the bootstrap
@@ -223,7 +223,7 @@ def _judge(claim, role, ours, f, results):
     shift = claim.printed or 0
     return dict(effect=value, low=step.low + shift, high=step.high + shift, verdict=got, why=_why(claim, f, step, grid))
 
-# %% ../nbs/22_claims.ipynb #9c6c7c95
+# %% ../nbs/22_claims.ipynb #84723c1a
 def simulate_pairs(
     rng,                  # numpy Generator
     images:int=500,       # of a split of the cpu preset

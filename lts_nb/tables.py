@@ -139,10 +139,11 @@ def paper_table(
     table:str,           # "1" … "7"
     rows:pd.DataFrame,   # table, row, experiment, dataset, ours, split, blind
     results:list,        # from `load_results`
-    published:pd.DataFrame=published(), # the paper's numbers, long
+    paper:pd.DataFrame=None, # the paper's numbers, long; None: `paper.published()`
 )->pd.DataFrame:         # one line a number of the paper: see `_columns`; NaN where there is none
     "A table of the paper with ours beside it: mean over seeds, difference, mean IoU, blind floor and perfect-mask ceiling."
-    p = published[published.table == str(table)].rename(columns={'value': 'paper'})
+    paper = published() if paper is None else paper
+    p = paper[paper.table == str(table)].rename(columns={'value': 'paper'})
     r = rows[rows.table.astype(str) == str(table)].rename(columns={'ours': 'ours on'}).drop(columns='table')
     t = p.drop(columns='table').merge(r, on=['row', 'dataset', 'split'], how='outer', sort=False)
     t['metric'] = t.metric.fillna('IoU')
