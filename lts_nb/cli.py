@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Preset', 'Tables', 'Seeds', 'Cores', 'Out', 'Root', 'Data', 'By', 'reproduce', 'plan', 'report',
-           'compare', 'data_make', 'data_check', 'evaluate', 'score', 'predict', 'main']
+           'compare', 'data_make', 'data_fetch', 'data_leakage', 'data_check', 'evaluate', 'score', 'predict', 'main']
 
 # %% ../nbs/27_cli.ipynb #aa1ea313
 import errno, json, os, sys
@@ -28,7 +28,7 @@ Root = Annotated[Optional[Path], typer.Option(help="The data's folder; below dat
 Data = Annotated[Path, typer.Option('--root', help='Folder that holds the data sets, as the REFER release lays them out.')]
 By = Annotated[Optional[str], typer.Option(help='Partition: unc, umd or google; the usual one where not given.')]
 
-# %% ../nbs/27_cli.ipynb #29c57ba5
+# %% ../nbs/27_cli.ipynb #391461cf
 @app.command()
 def reproduce(preset:Preset='cpu', table:Tables=None, seeds:Seeds=1, cores:Cores=None, out:Out=None, root:Root=None):
     "Make tables, figures and the report. Every run that the tables need is brought up to date first."
@@ -81,6 +81,34 @@ def data_make(name:Annotated[str, typer.Argument(help='refshapes, refshapes+ or 
     prints = make_family(root or default_root(preset), recipe if seed is None else replace(recipe, seed=seed), os.cpu_count() or 1)
     for each, print_ in prints.items(): typer.echo(f'{each:12} fingerprint {print_}  {root or default_root(preset)}')
 
+# %% ../nbs/27_cli.ipynb #986dd0ae
+@data_app.command('fetch')
+def data_fetch(names:Annotated[list[str], typer.Argument(help='refcoco, refcoco+, refcocog, coco-train2014, glove, glove-6b, darknet')], root:Data=Path('data'),
+               path:Annotated[Optional[Path], typer.Option('--from', help='A file you already have; it is verified, and not changed.')]=None,
+               url:Annotated[Optional[list[str]], typer.Option(help='A further source, tried first; may be given several times.')]=None,
+               only_needed:Annotated[bool, typer.Option(help='Of the photographs keep those that the sets in the folder use.')]=False):
+    "Get data sets, photographs, vectors or weights. Verified before they are unpacked; goes on where it stopped."
+    from lts_nb.fetch import download_of, fetch
+    if path and len(names) > 1: raise KitError('--from is one file, for one name', path, 'Name one')
+    for name in names: download_of(name)
+    for name in names:
+        files = fetch(name, root, path, url or (), only_needed)
+        typer.echo(f'{name}: {len(files)} file{"s"*(len(files) != 1)} in {files[0].parent}')
+
+# %% ../nbs/27_cli.ipynb #b40b6390
+@data_app.command('leakage')
+def data_leakage(names:Annotated[list[str], typer.Argument(help='The sets that will be evaluated: refcoco, refcoco+, refcocog …')], root:Data=Path('data'),
+                 trained_on:Annotated[Optional[Path], typer.Option(help="A backbone's own list of training images: an id or a COCO file name a line.")]=None):
+    "Write the ids of all images that a backbone must not have seen, or check a backbone's list; exit status 1 where it has."
+    from lts_nb.fetch import check_backbone, excluded_images
+    from lts_nb.refer import Refer
+    excluded = excluded_images([Refer(root, n) for n in names])
+    if trained_on is None: typer.echo('\n'.join(map(str, excluded)))
+    elif seen := check_backbone(excluded, trained_on):
+        typer.echo(f'PROBLEM: {len(seen)} of the {len(excluded)} evaluation images are in {trained_on}: {", ".join(map(str, seen[:5]))} …', err=True)
+        raise typer.Exit(1)
+    else: typer.echo(f'None of the {len(excluded)} evaluation images is in {trained_on}.')
+
 # %% ../nbs/27_cli.ipynb #7854db76
 @data_app.command('check')
 def data_check(name:Annotated[str, typer.Argument(help='refcoco, refcoco+, refcocog, refshapes …')], root:Data, by:By=None):
@@ -93,7 +121,7 @@ def data_check(name:Annotated[str, typer.Argument(help='refcoco, refcoco+, refco
     typer.echo(f'{len(problems)} problem{"s"*(len(problems) != 1)}.')
     raise typer.Exit(1 if problems else 0)
 
-# %% ../nbs/27_cli.ipynb #b7373e10
+# %% ../nbs/27_cli.ipynb #340a85fd
 @app.command()
 def evaluate(run:Annotated[Path, typer.Option(help="A run's folder: DIR/runs/<run>")], dataset:Annotated[str, typer.Option()], split:Annotated[str, typer.Option()],
              root:Data, by:By=None, predictions:Annotated[Optional[Path], typer.Option(help='Write the masks here as COCO RLE.')]=None):
@@ -101,7 +129,7 @@ def evaluate(run:Annotated[Path, typer.Option(help="A run's folder: DIR/runs/<ru
     from lts_nb.predict import evaluate_run
     typer.echo(_metrics(evaluate_run(run, root, dataset, split, by, predictions)))
 
-# %% ../nbs/27_cli.ipynb #51b2c26a
+# %% ../nbs/27_cli.ipynb #461263e2
 @app.command()
 def score(file:Annotated[Path, typer.Argument(help='Predictions: [{"sent_id": …, "segmentation": {"size": [h, w], "counts": …}}, …]')],
           dataset:Annotated[str, typer.Option()], split:Annotated[str, typer.Option()], root:Data, by:By=None,
@@ -134,12 +162,12 @@ def _version(version:Annotated[bool, typer.Option('--version', help='Print the v
         typer.echo(__version__)
         raise typer.Exit()
 
-# %% ../nbs/27_cli.ipynb #a3f80208
+# %% ../nbs/27_cli.ipynb #dfe8eda3
 def _disk_failure(e):
     "Is it the disk's refusal, which its user can mend?"
     return e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
-# %% ../nbs/27_cli.ipynb #905f19be
+# %% ../nbs/27_cli.ipynb #68fb27cd
 def main():
     "Run the command line; a failure that a user can mend is one sentence."
     try: app()

@@ -104,7 +104,8 @@ def test_failed_run_is_named_and_stops_nobody(made):
 @pytest.mark.parametrize('how, after', [(signal.SIGKILL, 14), (signal.SIGINT, 9)], ids=['SIGKILL', 'Ctrl-C'])
 def test_killed_and_run_again_gives_the_same_bytes(made, how, after):
     out = made.base/f'killed-{how}'
-    process = subprocess.Popen(command(out, made.root), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, such as these tests, may ignore Ctrl-C
+    process = subprocess.Popen(command(out, made.root), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=listen)
     time.sleep(after)
     assert process.poll() is None, 'it was still at work'
     os.killpg(process.pid, how)
