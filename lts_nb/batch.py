@@ -17,7 +17,7 @@ from .fit import terminate_as_interrupt
 from .experiments import TABLES, module_closure, module_hashes, preset_of, runs_for
 from .train import ensure_data, shared_backbone
 
-# %% ../nbs/25_batch.ipynb #ff40d55a
+# %% ../nbs/25_batch.ipynb #08757bc3
 KIT = Path(__file__).resolve().parents[1] if '__file__' in globals() else Path.cwd().resolve().parent
 
 def default_out(
@@ -26,7 +26,7 @@ def default_out(
     "The report's folder of a preset: ignored by git."
     return KIT/'out'/preset
 
-# %% ../nbs/25_batch.ipynb #3df99133
+# %% ../nbs/25_batch.ipynb #3e14b0f9
 def default_root(
     preset:str, # smoke, cpu, gpu or paper
 )->Path:
@@ -39,7 +39,7 @@ def committed(
     "The committed report of a preset."
     return KIT/'reports'/preset
 
-# %% ../nbs/25_batch.ipynb #f9af9b74
+# %% ../nbs/25_batch.ipynb #7e104ebd
 def make_plan(
     preset:str, tables, seeds:int, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
     out:Path, root:Path,           # the report's folder; the data's
@@ -53,7 +53,7 @@ def make_plan(
         backbone=str(weights[0].relative_to(out)) if ours else None, backbones=[str(w.relative_to(out)) if ours else str(w) for w in weights],
         modules=dict(train=module_closure('train'), backbone=module_closure('pretrain')))
 
-# %% ../nbs/25_batch.ipynb #caab5053
+# %% ../nbs/25_batch.ipynb #91ab4be7
 def _result(out, run):
     try: return json.loads((Path(out)/'runs'/run/'result.json').read_text())
     except (OSError, ValueError): return None
@@ -73,7 +73,7 @@ def run_state(
     edited = [m for m, h in modules.items() if result['code']['modules'].get(m) != h]
     return ('stale', f'edited: {", ".join(edited)}') if edited else ('done', '')
 
-# %% ../nbs/25_batch.ipynb #bf9ed04e
+# %% ../nbs/25_batch.ipynb #2d1b3cbd
 def known_seconds(
     preset:str, out, # whose committed report; the report's folder
 )->dict:  # {(experiment, dataset): seconds}
@@ -91,7 +91,7 @@ def _failed(out):
     try: return json.loads((Path(out)/'failed.json').read_text())
     except (OSError, ValueError): return []
 
-# %% ../nbs/25_batch.ipynb #f2599f70
+# %% ../nbs/25_batch.ipynb #a3874540
 def plan(
     preset:str='cpu', tables=None, seeds:int=1, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
     cores=None, out=None, root=None,            # processors (None: all); the report's and the data's folder (None: the preset's)
@@ -102,7 +102,7 @@ def plan(
     states = [(r['run'], *run_state(r, out, modules, failed), seconds.get((r['experiment'], r['dataset']))) for r in runs_for(preset, tables, seeds)]
     return pd.DataFrame(states, columns=['run', 'state', 'why', 'seconds'])
 
-# %% ../nbs/25_batch.ipynb #c96e83e8
+# %% ../nbs/25_batch.ipynb #cf176bf4
 def describe_plan(
     preset:str='cpu', tables=None, seeds:int=1, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
     cores=None, out=None, root=None,            # processors (None: all); the report's and the data's folder (None: the preset's)
@@ -116,9 +116,9 @@ def describe_plan(
     known, jobs = todo.seconds.dropna(), (cores or os.cpu_count() or 1)//preset_of(preset)['compute']['threads'] or 1
     left = 'nothing to do' if not len(todo) else f'about {len(todo)*known.mean()/jobs/60:.0f} minutes left on {jobs} at a time' if len(known) else 'no run of this preset has been timed yet'
     missing = missing_inputs(preset, Path(root or default_root(preset)))
-    return '\n'.join([*lines, f'{counts}; {left}.', *missing, *(['data/README.md says where to get it and where to put it.'] if missing else [])])
+    return '\n'.join([*lines, f'{counts}; {left}.', *missing, *(['data/README.md says what each of them is, and whose.'] if missing else [])])
 
-# %% ../nbs/25_batch.ipynb #2dc753e8
+# %% ../nbs/25_batch.ipynb #277a2d27
 def missing_inputs(
     preset:str, root, # smoke, cpu, gpu or paper; the data's folder
 )->list:  # sentences, empty where all is there
@@ -126,12 +126,12 @@ def missing_inputs(
     p, root, out = preset_of(preset), Path(root), []
     if p['recipe'] is None:
         for name in p['datasets'].values():
-            if not (root/name/'instances.json').exists(): out.append(f'{name} is missing ({root/name})')
+            if not (root/name/'instances.json').exists(): out.append(f'{name} is missing ({root/name}): lts data fetch {name} --root {root}')
         if not any((root/d).is_dir() for d in ('images/mscoco/images/train2014', 'images/train2014', 'train2014')):
-            out.append(f'the COCO images are missing ({root}/images/mscoco/images/train2014)')
+            out.append(f'the COCO images are missing ({root}/images/mscoco/images/train2014): lts data fetch coco-train2014 --only-needed --root {root}')
     if p['backbone']['weights'] != 'pretrained' and not (root/p['backbone']['weights']).exists():
-        out.append(f"the backbone weights are missing ({root/p['backbone']['weights']})")
-    if p['vectors'] and not (root/p['vectors']).exists(): out.append(f"the word vectors are missing ({root/p['vectors']})")
+        out.append(f"the backbone weights are missing ({root/p['backbone']['weights']}): lts data fetch darknet --root {root}")
+    if p['vectors'] and not (root/p['vectors']).exists(): out.append(f"the word vectors are missing ({root/p['vectors']}): lts data fetch glove --root {root}")
     return out
 
 # %% ../nbs/25_batch.ipynb #99b0ce37
@@ -146,7 +146,7 @@ def _open_folder(out):
     except Timeout: print(f'Another `lts` is at work in {out}; waiting for it.', flush=True); lock.acquire()
     return lock
 
-# %% ../nbs/25_batch.ipynb #1ab2851d
+# %% ../nbs/25_batch.ipynb #708fadc5
 def _command(out, cores, *config):
     return [sys.executable, '-m', 'snakemake', '-s', str(KIT/'workflow'/'Snakefile'), '--directory', str(out), '--config', f'plan={out}/plan.json', *config,
             '--cores', str(cores), '--resources', 'gpu=1', '--keep-going', '--rerun-incomplete', '--nolock', '--scheduler', 'greedy', '--quiet', 'rules']
@@ -199,7 +199,7 @@ def _watch(process, results, begun, out, todo, jobs):
             time.sleep(.5)
         bar.n = sum(f.exists() for f in results.values()); bar.refresh()
 
-# %% ../nbs/25_batch.ipynb #316b274a
+# %% ../nbs/25_batch.ipynb #1945102d
 _SHARED = {'data': 'making data', 'pretrain': 'pretraining'}
 
 # %% ../nbs/25_batch.ipynb #352ece8d
@@ -211,7 +211,7 @@ def _stage(out, begun):
     if runs: return ', '.join(runs[:3])
     return _SHARED.get(max(busy, key=lambda f: f.stat().st_mtime).stem, '') if busy else ''
 
-# %% ../nbs/25_batch.ipynb #ee00423d
+# %% ../nbs/25_batch.ipynb #9b09c3e3
 def failure_of(
     out, run:str,  # the report's folder, a run's name
 )->str:            # the error's last line, '' where the notebook tells none
@@ -231,7 +231,7 @@ def _say_failures(out, failed, shared):
     for run in failed: print(f"FAILED {run}: {failure_of(out, run)}\n       see {out/'runs'/run/'train.ipynb'}", flush=True)
     if shared: print(f'FAILED before any run: see {shared}', flush=True)
 
-# %% ../nbs/25_batch.ipynb #6f2f4739
+# %% ../nbs/25_batch.ipynb #45f5cb39
 def _shared_failure(out, plan):
     "The log of a shared step that failed, or None."
     if plan['recipe'] and not (out/'shared'/'data.json').exists(): return out/'shared'/'data.log'
@@ -251,7 +251,7 @@ def release_features(
     if all((Path(out)/'runs'/r['run']/'result.json').exists() for r in same):
         for folder in (Path(out)/'shared'/'features').glob(f"{config['data']['size']}-*"): shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/25_batch.ipynb #f6e0c991
+# %% ../nbs/25_batch.ipynb #2dff15a7
 def reproduce(
     preset:str='cpu', tables=None, seeds:int=1, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
     cores=None, out=None, root=None,            # processors (None: all); the report's and the data's folder (None: the preset's)
@@ -259,7 +259,7 @@ def reproduce(
     "Bring all runs of some tables up to date and write their report."
     out, root = Path(out or default_out(preset)).resolve(), Path(root or default_root(preset)).resolve()
     runs_for(preset, tables, seeds)
-    if missing := missing_inputs(preset, root): raise KitError('the preset needs what is not there: ' + '; '.join(missing), mend='data/README.md says where to get it and where to put it')
+    if missing := missing_inputs(preset, root): raise KitError('the preset needs what is not there: ' + '; '.join(missing), mend='data/README.md says what each of them is, and whose')
     lock = _open_folder(out)
     try:
         the_plan = make_plan(preset, tables, seeds, out, root)

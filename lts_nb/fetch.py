@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DOWNLOADS', 'TIMEOUT', 'SLOW', 'LARGEST', 'TRIES', 'SETS', 'LEAKY', 'Download', 'download_of', 'Unusable',
-           'fetch_file', 'verify', 'members', 'unpack', 'needed_images', 'fetch', 'leak_of', 'excluded_images',
-           'check_backbone']
+           'fetch_file', 'verify', 'members', 'unpack', 'needed_images', 'fetch', 'leak_of', 'leak_note',
+           'excluded_images', 'check_backbone']
 
 # %% ../nbs/28_fetch.ipynb #5a20ea8c
 import json, shutil, stat, time, zipfile, zlib
@@ -175,9 +175,9 @@ def _is_unsafe(info):
     kind = stat.S_IFMT(info.external_attr >> 16)
     return odd or '..' in parts or kind not in (0, stat.S_IFREG, stat.S_IFDIR) or bool(info.flag_bits & 1)
 
-# %% ../nbs/28_fetch.ipynb #93d54c9a
+# %% ../nbs/28_fetch.ipynb #1ad8b108
 def members(
-    archive:zipfile.ZipFile, d:Download,
+    archive:zipfile.ZipFile, d:Download, # an open archive, and what it should be
     only=None, # names of files to take; None: all
 )->list:       # [(ZipInfo, place below the root)]
     "What is to be unpacked, and where to. KitError for an archive that would write elsewhere or hold too much."
@@ -275,6 +275,14 @@ def leak_of(
 )->str:   # what it has seen; '' where nothing is known against it
     "What is known of a weights file that should not have seen the evaluation images."
     return LEAKY.get(pooch.file_hash(path, alg='md5'), '')
+
+# %% ../nbs/28_fetch.ipynb #949e9887
+def leak_note(
+    results:list, # of runs
+)->str:           # '' where nothing is known against any backbone
+    "The warning that belongs to every table made with a backbone that has seen evaluation images."
+    seen = sorted({LEAKY[m] for r in results if (m := (r.get('backbone') or {}).get('md5')) in LEAKY})
+    return f'NOT A CLEAN NUMBER: the backbone has seen validation and test images ({"; ".join(seen)}).' if seen else ''
 
 # %% ../nbs/28_fetch.ipynb #9516cf23
 def excluded_images(

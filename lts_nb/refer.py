@@ -184,11 +184,12 @@ def decode_segmentation(
     if not mask.any(): raise KitError('the mask is empty')
     return mask
 
-# %% ../nbs/02_refer.ipynb #bb3fc5f8
+# %% ../nbs/02_refer.ipynb #01ba3a50
 def _how_to_get(dataset, root):
     "The command that brings a dataset's files to `root`."
     if dataset.startswith('refshapes'): return f'Make it: lts data make {dataset} --root {root}'
-    return 'data/README.md says where to get it and where to put it'
+    if dataset in (*SPLIT_FILES, 'coco-train2014'): return f'Get it: lts data fetch {dataset} --root {root}'
+    return 'data/README.md says what a data set consists of'
 
 def _partition(root, dataset, by):
     "The partition that is meant: the one asked for, the paper's, or the only one that a data set of one's own has."
@@ -286,7 +287,7 @@ def read_image(
     except (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as e:
         raise KitError(f'the image is truncated or damaged: {e}', path, 'Get it again') from e
 
-# %% ../nbs/02_refer.ipynb #3e45797f
+# %% ../nbs/02_refer.ipynb #85237316
 def _image_path(self:Refer,
     image_id:int, # a key of `images`
 )->Path:          # where it lies, or should lie
@@ -301,7 +302,7 @@ def _open_image(self:Refer,
 )->np.ndarray:    # uint8 (H, W, 3), RGB
     "The pixels of an image. Raises `KitError` where it is missing, damaged or of another size than stated."
     path, record = self.image_path(image_id), self.images[image_id]
-    if not path.exists(): raise KitError('the image is missing', path, _how_to_get(self.dataset, self.root))
+    if not path.exists(): raise KitError('the image is missing', path, _how_to_get(self.dataset if self.dataset.startswith('refshapes') else 'coco-train2014', self.root))
     pixels = read_image(path)
     if pixels.shape[:2] != (record.height, record.width):
         raise KitError(f'the image is {pixels.shape[1]}×{pixels.shape[0]}, instances.json says {record.width}×{record.height}', path)

@@ -7,7 +7,7 @@ __all__ = ['STYLE', 'PAGE', 'TITLES', 'HOW_TO_READ', 'HOW_JUDGED', 'NAMES', 'BRO
            'runs_frame', 'config_differences', 'command_of', 'make_figures', 'block_grid', 'frame_grid', 'write_report',
            'print_pdf']
 
-# %% ../nbs/24_report.ipynb #5e24fece
+# %% ../nbs/24_report.ipynb #6a74a771
 import base64, json, os, shutil, subprocess
 from pathlib import Path
 import jinja2, pandas as pd
@@ -15,6 +15,7 @@ from .claims import CLAIMS, claims_frame, effects_frame
 from .errors import KitError, atomic_path, disk_error, write_text
 from .experiments import FROZEN, preset_of, rows, run_name
 from .failures import BREAKDOWNS, breakdown, breakdown_bars, failures_frame, sentences_frame
+from .fetch import leak_note
 from .figures import figure4, figure5, filter_curve, load_examples, resolution_curve, save_figure, table2_bars, training_curves
 from .tables import (intervals_frame, load_results, paper_table, results_frame, seg_grid_share, table_blocks, write_csv, write_table)
 
@@ -127,7 +128,7 @@ figure{margin:1.5em 0}img{max-width:100%;height:auto;background:#fff;border-radi
 details::details-content{content-visibility:visible;display:block}}
 """
 
-# %% ../nbs/24_report.ipynb #e3cd5ffb
+# %% ../nbs/24_report.ipynb #c68c0dce
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>LTS kit: {{ preset }}</title><style>{{ style|safe }}</style></head><body>
 <h1>Locate then Segment, rerun: preset {{ preset }}</h1>
@@ -135,7 +136,7 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name=
 {% for note in notes %}<p class="bad">{{ note }}</p>{% endfor %}
 <nav>{% for id, title, _ in sections %}<a href="#{{ id }}">{{ title }}</a>{{ ' · ' if not loop.last }}{% endfor %}</nav>
 {% for id, title, parts in sections %}<section id="{{ id }}"><h2>{{ title }}</h2>
-{% for part in parts %}{% if part.text %}<p>{{ part.text }}</p>{% endif %}
+{% for part in parts %}{% if part.warning %}<p class="bad">{{ part.warning }}</p>{% endif %}{% if part.text %}<p>{{ part.text }}</p>{% endif %}
 {% if part.grid %}<div class="wide"><table>{% if part.grid.caption %}<caption>{{ part.grid.caption }}</caption>{% endif %}
 <thead>{% for line in part.grid.head %}<tr>{% for text, span in line %}<th{% if span > 1 %} colspan="{{ span }}"{% elif loop.index0 in part.grid.wrap %} class="t"{% endif %}>{{ text }}</th>{% endfor %}</tr>{% endfor %}</thead>
 <tbody>{% for line in part.grid.body %}<tr>{% for text, best in line %}<td{% if loop.index0 in part.grid.wrap %} class="t"{% endif %}>{% if best %}<b>{{ text }}</b>{% else %}{{ text }}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endif %}
@@ -168,9 +169,9 @@ TITLES = {'1': 'Table 1: against the state of the art', '2': 'Table 2: ablation'
 HOW_TO_READ = ('Each cell: the paper’s number, ours, the difference, our mean IoU, and the span between blind floor (a model trained with other objects’ sentences) and ceiling '
                '(a perfect mask through this row’s target grid and inference). IoU is overall IoU: an inference about the paper, not its word. The best of a column is bold.')
 
-# %% ../nbs/24_report.ipynb #81ce4159
-def _table_section(t, frame):
-    parts = [dict(text=HOW_TO_READ)] if t == '1' else []
+# %% ../nbs/24_report.ipynb #0e0ccddd
+def _table_section(t, frame, leak=''):
+    parts = [*([dict(warning=leak)] if leak else []), *([dict(text=HOW_TO_READ)] if t == '1' else [])]
     return f'table{t}', TITLES[t], parts + [dict(grid=block_grid(b)) for b in table_blocks(t, frame)]
 
 # %% ../nbs/24_report.ipynb #40b8905e
@@ -253,7 +254,7 @@ def _evidence(results, preset):
     return dict(claims=claims_frame(results, preset, effects), effects=effects, failures=failures_frame(results, places),
                 breakdown=pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns))
 
-# %% ../nbs/24_report.ipynb #d37de1ed
+# %% ../nbs/24_report.ipynb #6525ca4c
 def write_report(
     DIR,                # the report's folder, with DIR/runs
     preset:str,         # smoke, cpu, gpu or paper
@@ -266,7 +267,8 @@ def write_report(
     try: (DIR/'figures').mkdir(exist_ok=True)
     except OSError as e: raise disk_error(e, DIR/'figures') from e
     frame, frames = results_frame(results), {t: paper_table(t, wanted, results) for t in dict.fromkeys(wanted.table)}
-    for t, f in frames.items(): write_table(DIR, t, f)
+    leak = leak_note(results)
+    for t, f in frames.items(): write_table(DIR, t, f, leak)
     write_csv(DIR/'results.csv', frame)
     write_csv(DIR/'intervals.csv', intervals_frame(results))
     runs = runs_frame(results)
@@ -277,11 +279,11 @@ def write_report(
     _write_page(DIR, preset, results, frame, frames, runs, missing, failed, evidence)
     return dict(tables=frames, results=frame, missing=missing, **evidence)
 
-# %% ../nbs/24_report.ipynb #86b648d1
+# %% ../nbs/24_report.ipynb #dedf12a5
 def _sections(DIR, preset, results, frame, frames, runs, evidence):
     "Every section that has something to say, its pictures embedded."
     dataset = preset_of(preset)['datasets']['refcoco']
-    sections = [_table_section(t, f) for t, f in frames.items()]
+    sections = [_table_section(t, f, leak_note(results)) for t, f in frames.items()]
     if results:
         parts = {by: g for by, g in evidence['breakdown'].query('dataset == @dataset').groupby('by', sort=False)}
         sections = [_evidence_section(frame, results), *sections, _failures_section(results, evidence['failures'], parts, dataset),

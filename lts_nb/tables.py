@@ -15,7 +15,7 @@ from scipy import stats
 from .errors import KitError, atomic_path, write_text
 from .paper import dataset_titles, methods, published
 
-# %% ../nbs/20_tables.ipynb #f1189548
+# %% ../nbs/20_tables.ipynb #8ebec417
 _needed = ('run', 'experiment', 'dataset', 'preset', 'seed', 'metrics')
 
 def _load(path):
@@ -38,7 +38,7 @@ def load_results(
     if preset: results = [r for r in results if r['preset'] == preset]
     return sorted(results, key=lambda r: (r['dataset'], r['experiment'], r['seed'], r['run']))
 
-# %% ../nbs/20_tables.ipynb #19fdaa20
+# %% ../nbs/20_tables.ipynb #33ee01bf
 metric_names = ['oIoU', 'mIoU', *(f'prec@0.{x}' for x in range(5, 10)), 'pointing']
 _order = metric_names + [f'ceiling {m}' for m in metric_names] + ['swapped oIoU']
 
@@ -50,7 +50,7 @@ def _numbers(result):
         for metric, value in {**m, **extra}.items():
             if metric in _order and value is not None and np.isfinite(value): yield split, metric, float(value)
 
-# %% ../nbs/20_tables.ipynb #2a17eda2
+# %% ../nbs/20_tables.ipynb #0f590be4
 def results_frame(
     results:list,    # from `load_results`
 )->pd.DataFrame:     # experiment, dataset, split, seed, metric, value (percent), in a fixed order
@@ -132,7 +132,7 @@ def load_samples(
     except Exception as e:
         raise KitError(f'the samples cannot be read: {e}', path, f'Remove the folder {path.parent} and run lts reproduce again') from e
 
-# %% ../nbs/20_tables.ipynb #5a054cec
+# %% ../nbs/20_tables.ipynb #8dd8cd18
 _columns = ['row', 'dataset', 'split', 'metric', 'paper', 'ours', 'sd', 'seeds', 'difference', 'mIoU', 'floor', 'ceiling', 'ours at', 'ours on', 'experiment']
 
 def paper_table(
@@ -272,17 +272,18 @@ def _latex_block(b, mark):
     lines = [' & '.join([''] * lead + spans) + r' \\ ' + rules, ' & '.join(head) + r' \\ \midrule'] + [' & '.join(l) + r' \\' for l in body]
     return '\n'.join([rf"\begin{{tabular}}{{{'l' * lead}{'r' * sum(widths)}}}", r'\toprule', *lines, r'\bottomrule', r'\end{tabular}', ''])
 
-# %% ../nbs/20_tables.ipynb #d7cf6e11
+# %% ../nbs/20_tables.ipynb #a8494075
 def write_table(
     DIR,                # the report's folder
     table:str,          # "1" … "7"
     frame:pd.DataFrame, # from `paper_table`
+    note:str='',        # a warning that stands with the table
 ):
     "Write table<N>.csv (long, plain), .md and .tex (the paper's layout)."
     blocks = table_blocks(table, frame)
     write_csv(Path(DIR)/f'table{table}.csv', frame)
-    write_text(Path(DIR)/f'table{table}.md', table_markdown(blocks))
-    write_text(Path(DIR)/f'table{table}.tex', table_latex(blocks))
+    write_text(Path(DIR)/f'table{table}.md', (f'**{note}**\n\n' if note else '') + table_markdown(blocks))
+    write_text(Path(DIR)/f'table{table}.tex', (rf'\textbf{{{tex_escape(note)}}}\par' + '\n' if note else '') + table_latex(blocks))
 
 # %% ../nbs/20_tables.ipynb #151d0584
 seg_pairs = {'Fusion': ('fusion', 'fusion-seg'), 'Filter': ('filter', 'filter-seg'), 'Fusion+Filter': ('fusion-filter', 'fusion-filter-seg')}

@@ -20,7 +20,7 @@ def tokenize(
     "Cut an expression into words, as MCN does: '-' and '/' separate, other punctuation is dropped."
     return re.sub(r'[^\w\s]', '', re.sub(r'[-/]', ' ', sentence.lower())).split()
 
-# %% ../nbs/04_text.ipynb #d082237d
+# %% ../nbs/04_text.ipynb #2363e72e
 PAD, UNK = 0, 1
 
 # %% ../nbs/04_text.ipynb #7bd1994c
@@ -55,7 +55,7 @@ def build_vocab(
     words = sorted((w for w in counts if counts[w] >= min_count), key=lambda w: (-counts[w], w))
     return Vocab(('<pad>', '<unk>', *words))
 
-# %% ../nbs/04_text.ipynb #bdba3083
+# %% ../nbs/04_text.ipynb #592e3318
 def encode(
     sentence,    # str, or a list of tokens
     vocab:Vocab, # of the run
@@ -74,7 +74,7 @@ def pad_batch(
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(s, dtype=torch.int64) for s in sentences], batch_first=True, padding_value=PAD)
     return tokens, lengths
 
-# %% ../nbs/04_text.ipynb #16d73c80
+# %% ../nbs/04_text.ipynb #16712a81
 def _check_line(line, dim, path, number):
     "Split one line from the right, or say what is wrong with it."
     parts = line.rstrip().rsplit(b' ', dim)
@@ -110,7 +110,7 @@ def _copy_needed(path, vocab, dim, out):
     _check_line(line, dim, path, number)
     return copied
 
-# %% ../nbs/04_text.ipynb #1a48200a
+# %% ../nbs/04_text.ipynb #5c64d5c8
 @contextlib.contextmanager
 def _torchtext_manners():
     "Keep torchtext's progress bar quiet and put back the certificate check that it switches off."
@@ -119,7 +119,7 @@ def _torchtext_manners():
         with contextlib.redirect_stderr(io.StringIO()): yield
     finally: ssl._create_default_https_context = before
 
-# %% ../nbs/04_text.ipynb #4ccc5ac9
+# %% ../nbs/04_text.ipynb #3bd0ed24
 def _read_vectors(path, vocab, dim):
     "torchtext's `Vectors` of the vocabulary's words, or None where the file has none of them."
     from torchtext.vocab import Vectors
@@ -128,10 +128,10 @@ def _read_vectors(path, vocab, dim):
             with open(f'{d}/vectors.txt', 'wb') as out: copied = _copy_needed(path, vocab, dim, out)
             if not copied: return None
             with _torchtext_manners(): return Vectors(f'{d}/vectors.txt', cache=d)
-    except FileNotFoundError: raise KitError('the vectors file is missing', path, 'data/README.md says where to get it and where to put it') from None
+    except FileNotFoundError: raise KitError('the vectors file is missing', path, 'Get it: lts data fetch glove') from None
     except OSError as e: raise KitError(f'the vectors file cannot be read: {e.strerror}', path) from e
 
-# %% ../nbs/04_text.ipynb #841562fa
+# %% ../nbs/04_text.ipynb #10d5c960
 def load_vectors(
     path,        # text: a word and its numbers a line, such as glove.6B.300d.txt
     vocab:Vocab, # of the run

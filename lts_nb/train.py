@@ -9,8 +9,8 @@ __all__ = ['THRESHOLD', 'PACKAGES', 'EXAMPLES', 'WORST', 'set_up', 'open_data', 
            'save_arrays', 'Run', 'shared_backbone', 'prepare', 'open_features', 'score_run', 'write_result',
            'recipe_of', 'ensure_data', 'ensure_backbone']
 
-# %% ../nbs/18_train.ipynb #73771079
-import importlib.metadata, json, os, platform, resource, subprocess, sys, time, zlib
+# %% ../nbs/18_train.ipynb #be8e7110
+import hashlib, importlib.metadata, json, os, platform, resource, subprocess, sys, time, zlib
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -48,7 +48,7 @@ def set_up(
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=compute['device'] == 'cpu', mixed_precision=compute['precision'])
 
-# %% ../nbs/18_train.ipynb #fe61dc39
+# %% ../nbs/18_train.ipynb #78d5c380
 def open_data(
     config:dict,  # of a run
     root,         # folder of the data
@@ -73,7 +73,7 @@ def open_backbone(
     frozen, tail = split_backbone(net, b['tail'])
     return frozen, tail, net.channels
 
-# %% ../nbs/18_train.ipynb #ddf3ac13
+# %% ../nbs/18_train.ipynb #5b8d1ac4
 def build_model(
     config:dict,       # of a run
     vocab:Vocab,       # of the training split
@@ -86,7 +86,7 @@ def build_model(
     table = load_vectors(vectors, vocab, m.emb_dim, config['seed']) if vectors else None
     return LTS(m, channels, len(vocab), table, tail)
 
-# %% ../nbs/18_train.ipynb #1d379e09
+# %% ../nbs/18_train.ipynb #ba6f194b
 class _Batches(Dataset):
     "Batches of a split, indexed by lists of rows; images are opened here, features computed on the device later."
     def __init__(self, samples, source): self.samples, self.source = samples, source
@@ -105,7 +105,7 @@ def loader(
     return DataLoader(_Batches(samples, source), batch_size=None, sampler=batches, num_workers=workers,
                       generator=torch.Generator(), prefetch_factor=4 if workers else None)
 
-# %% ../nbs/18_train.ipynb #bbf2bd3f
+# %% ../nbs/18_train.ipynb #52a3b4c3
 def model_inputs(
     batch:dict,      # from `loader`
     source,          # the feature source it came from
@@ -115,7 +115,7 @@ def model_inputs(
     f = source.of_images(batch['pixels']) if 'pixels' in batch else batch['features']
     return tuple(x.to(device) for x in f), batch['tokens'].to(device), batch['lengths']
 
-# %% ../nbs/18_train.ipynb #a17bbae1
+# %% ../nbs/18_train.ipynb #926c5241
 def train_model(
     model:LTS,         # trained in place
     samples:Samples,   # of the training split
@@ -139,14 +139,14 @@ def train_model(
         return lts_loss(out, target.to(device), b['prior'].to(device), t['lam'], t['reduction'])
     return fit(model, loss_of, batches, t['epochs'], t['lr'], t['decay'], checkpoint, run_key(config), acc, t['weight_decay'], after_epoch=after_epoch, desc=config['experiment'])
 
-# %% ../nbs/18_train.ipynb #efd05504
+# %% ../nbs/18_train.ipynb #a830b509
 def run_key(
     config:dict, # of a run
 )->dict:         # what a checkpoint must have been made with
     "A run's configuration without what changes only where it runs."
     return {k: v for k, v in config.items() if k != 'compute'} | {'precision': config['compute']['precision']}
 
-# %% ../nbs/18_train.ipynb #a81609bd
+# %% ../nbs/18_train.ipynb #913d9b29
 def _other_object(samples):
     "For each row the ann_id of the next referred object in its image, or None."
     of = {}
@@ -169,7 +169,7 @@ def _score(out, i, samples, row, other, mask_of, on_mask):
     if on_mask: on_mask(sentence, ref, mask, prior, truth)
     return (*intersection_union(mask, truth), hit, *swapped)
 
-# %% ../nbs/18_train.ipynb #e18801f8
+# %% ../nbs/18_train.ipynb #a482a9d7
 def sentence_facts(
     samples:Samples, # of a split
 )->dict: # arrays over sentences: sent_id, ref_id, image_id, sentence, area (share of the image), same (objects of the category in the image)
@@ -180,10 +180,10 @@ def sentence_facts(
     types = dict(sent_id=np.int64, ref_id=np.int64, image_id=np.int64, sentence=str, area=np.float32, same=np.int64)
     return {k: np.array(v, t) for (k, t), v in zip(types.items(), zip(*rows))}
 
-# %% ../nbs/18_train.ipynb #846dfb51
+# %% ../nbs/18_train.ipynb #61552f7e
 THRESHOLD = .25  # the paper's, §3.4
 
-# %% ../nbs/18_train.ipynb #74dbf57e
+# %% ../nbs/18_train.ipynb #efc69396
 @torch.inference_mode()
 def evaluate(
     model:LTS,         # trained
@@ -206,7 +206,7 @@ def evaluate(
     columns = dict(zip(('intersection', 'union', 'hit', 'other_i', 'other_u'), np.array(scores, np.int64).T))
     return sentence_facts(samples) | columns
 
-# %% ../nbs/18_train.ipynb #795805a7
+# %% ../nbs/18_train.ipynb #ad26fc06
 def split_metrics(
     scores:dict,  # from `evaluate`
 )->dict:          # n, oIoU, mIoU, prec@0.5 … prec@0.9, pointing, all in percent; pointing None without a prior
@@ -223,7 +223,7 @@ def swapped_metrics(
     known = scores['other_u'] > 0
     return summarise(scores['other_i'][known], scores['other_u'][known])
 
-# %% ../nbs/18_train.ipynb #def66d00
+# %% ../nbs/18_train.ipynb #b194ba82
 def split_ceiling(
     samples:Samples,  # of a split
     stride:int,       # 4 with the segmentation module, 8 without
@@ -238,14 +238,14 @@ def split_ceiling(
     if cache: write_text(cache, json.dumps(out))
     return out
 
-# %% ../nbs/18_train.ipynb #c638b7fc
+# %% ../nbs/18_train.ipynb #d2c1c917
 PACKAGES = ('torch', 'torchtext', 'numpy', 'pandas', 'pycocotools', 'pillow', 'accelerate', 'papermill', 'snakemake')
 
 def _version(name):
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return None
 
-# %% ../nbs/18_train.ipynb #f606ae12
+# %% ../nbs/18_train.ipynb #3819bf35
 def environment()->dict: # versions, hardware
     "Versions and hardware of this process."
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
@@ -258,7 +258,7 @@ def peak_memory_mb()->float: # MB
     "Largest resident size of this process so far."
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1 if sys.platform == 'darwin' else 1024)/(2**20 if sys.platform == 'darwin' else 1), 1)
 
-# %% ../nbs/18_train.ipynb #9dcff34d
+# %% ../nbs/18_train.ipynb #754acdaf
 EXAMPLES = 12  # sentences kept for Figures 4 and 5
 
 def _example(samples, sentence, ref, mask, prior, truth):
@@ -276,7 +276,7 @@ class ExampleKeeper:
     def __call__(self, sentence, *scored):
         if sentence.sent_id in self.wanted: self.kept.append(_example(self.samples, sentence, *scored))
 
-# %% ../nbs/18_train.ipynb #c9b71e7c
+# %% ../nbs/18_train.ipynb #1510858a
 WORST = 6  # of each kind
 
 class WorstKeeper:
@@ -295,7 +295,7 @@ class WorstKeeper:
     @property
     def kept(self): return [example for kind in self.worst.values() for *_, example in kind]
 
-# %% ../nbs/18_train.ipynb #e7653978
+# %% ../nbs/18_train.ipynb #017324ab
 def pack_examples(
     examples:list,  # of a keeper
 )->dict:            # name -> array, as `figures.load_examples` reads them
@@ -311,7 +311,7 @@ def save_arrays(
     with atomic_path(path) as tmp:
         with open(tmp, 'wb') as f: np.savez_compressed(f, **arrays)
 
-# %% ../nbs/18_train.ipynb #3964f628
+# %% ../nbs/18_train.ipynb #5cfcafb6
 class Run:
     "A prepared run: data, features and model, on their device."
     def __init__(self,
@@ -339,7 +339,7 @@ def shared_backbone(
     b = config['backbone']
     return Path(out)/'shared'/f"backbone-{config_hash(b)}.safetensors" if b['weights'] == 'pretrained' else Path(root)/b['weights']
 
-# %% ../nbs/18_train.ipynb #3ba10a47
+# %% ../nbs/18_train.ipynb #1909873f
 def prepare(
     config:dict,  # of a run, from `experiments.run_config`
     root,         # folder of the data
@@ -350,14 +350,15 @@ def prepare(
     run.lock.acquire()
     run.acc = set_up(config['compute'], config['seed'])
     run.refer, run.vocab, run.fingerprint = open_data(config, root)
-    run.backbone, tail, channels = open_backbone(config, shared_backbone(config, out, root))
+    run.weights = shared_backbone(config, out, root)
+    run.backbone, tail, channels = open_backbone(config, run.weights)
     run.source = open_features(config, run.refer, run.backbone, run.fingerprint, out, run.acc.device)
     vectors = config['data']['vectors']
     torch.manual_seed(config['seed'])
     run.model = build_model(config, run.vocab, channels, tail, Path(root)/vectors if vectors else None)
     return run
 
-# %% ../nbs/18_train.ipynb #ee83c1fc
+# %% ../nbs/18_train.ipynb #95231456
 def open_features(
     config:dict, refer:Refer, backbone, fingerprint:str, # of a run: its data, its frozen body, the data's fingerprint
     out,            # folder of the report
@@ -371,7 +372,7 @@ def open_features(
     ids = sorted({r.image_id for r in refer.refs.values()}) if not d['dataset'].startswith('refshapes') else sorted(refer.images)
     return build_features(Path(out)/'shared'/'features', live, ids, feature_key(family, backbone, d['size'], d['stretch']), bound)
 
-# %% ../nbs/18_train.ipynb #947ae9c1
+# %% ../nbs/18_train.ipynb #8dca7c5a
 def score_run(
     run:Run, # trained
 )->tuple:  # ({split: metrics}, {split: swapped metrics}, {split: ceiling})
@@ -389,7 +390,11 @@ def score_run(
         ceilings[split] = split_ceiling(samples, stride, run.out/'shared'/'ceilings'/f"{run.config['data']['dataset']}-{split}-{samples.size}-{stride}-{run.fingerprint.replace(':', '-')}.json")
     return metrics, swapped, ceilings
 
-# %% ../nbs/18_train.ipynb #e62f6cc2
+# %% ../nbs/18_train.ipynb #437f7429
+def _md5(path):
+    "A file's MD5, the one checksum that Darknet's weights are known by."
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'md5').hexdigest()
+
 def _commit():
     "The kit's git commit, with a + where the tree has changes; None outside a clone."
     at = dict(cwd=Path(__file__).parent if '__file__' in globals() else '.', capture_output=True, text=True)
@@ -398,7 +403,7 @@ def _commit():
     dirty = subprocess.run(['git', 'status', '--porcelain', '--untracked-files=no'], **at).stdout.strip()
     return sha + '+' if sha and dirty else sha or None
 
-# %% ../nbs/18_train.ipynb #d620f74b
+# %% ../nbs/18_train.ipynb #1ade2804
 def write_result(
     run:Run,          # trained and scored
     history:list,     # from `train_model`
@@ -410,7 +415,7 @@ def write_result(
     parts = model_summary(run.model, run.backbone, run.config['data']['size'])[['parameters', 'GFLOPs']]
     result = dict({k: run.config[k] for k in ('run', 'experiment', 'dataset', 'preset', 'seed')}, config=run.config, metrics=metrics,
         ceiling=ceilings, controls={s: {'swapped': m} for s, m in swapped.items()}, history=history, fingerprint=run.fingerprint,
-        code=dict(version=_version('lts-kit'), commit=_commit(), modules=modules), **environment(),
+        backbone=dict(file=run.weights.name, md5=_md5(run.weights)), code=dict(version=_version('lts-kit'), commit=_commit(), modules=modules), **environment(),
         seconds=dict(train=round(sum(h['seconds'] for h in history), 1), total=round(time.time() - run.began, 1)),
         peak_memory_mb=peak_memory_mb(), 
         parameters=int(parts['parameters']['total']), gflops=round(float(parts['GFLOPs']['total']), 4), parts=parts.round(4).to_dict('index'),
@@ -436,7 +441,7 @@ def ensure_data(
     "Make a run's RefShapes family where it is missing."
     if recipe := recipe_of(config): make_family(root, recipe, workers)
 
-# %% ../nbs/18_train.ipynb #d103b6dd
+# %% ../nbs/18_train.ipynb #703cd369
 def ensure_backbone(
     config:dict,  # of a run
     root, out,    # folders of the data and of the report
@@ -444,7 +449,7 @@ def ensure_backbone(
     "Pretrain a run's backbone where its weights are missing; KitError where they can only be fetched."
     path, b = shared_backbone(config, out, root), config['backbone']
     if path.exists(): return []
-    if b['weights'] != 'pretrained': raise KitError('the backbone weights are missing', path, 'data/README.md says where to get them and where to put them')
+    if b['weights'] != 'pretrained': raise KitError('the backbone weights are missing', path, f'Get them: lts data fetch darknet --root {root}')
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise disk_error(e, path.parent) from e
     with FileLock(path.with_suffix('.lock')):

@@ -62,11 +62,11 @@ NOWHERE = ('--root', '/nonexistent')
     (['data', 'make', 'refshapes', '--preset', 'gpuu'], ['gpu']), (['plan', '--table', '9'], ['table', '7']), (['reproduce', '--table', '3'], ['CMPC']),
     (['report', '--table', '8'], ['table']), (['data', 'make', 'refshape+'], ['refshapes+']), (['data', 'make', 'refcoco'], ['refcoco', 'refshapes']),
     (['data', 'make', 'refshapes', '--preset', 'paper'], ['published data', 'smoke']), (['data', 'check', 'refcocogg', *NOWHERE], ['refcocog']),
-    (['data', 'check', 'refshapes', *NOWHERE], ['/nonexistent/refshapes', 'lts data make refshapes']), (['data', 'check', 'refcoco', *NOWHERE], ['data/README.md']),
+    (['data', 'check', 'refshapes', *NOWHERE], ['/nonexistent/refshapes', 'lts data make refshapes']), (['data', 'check', 'refcoco', *NOWHERE], ['lts data fetch refcoco']),
     (['score', 'none.json', '--dataset', 'refshapes', '--split', 'val', *NOWHERE], ['not there']),
     (['evaluate', '--run', 'none', '--dataset', 'refcoco', '--split', 'val', *NOWHERE], ['not there']),
     (['predict', '--run', 'none', '--image', 'a.png', '--expression', 'ball', '--out', 'm.png'], ['none/result.json', 'lts plan']),
-    (['reproduce', '--preset', 'paper', *NOWHERE], ['yolov3.weights', 'data/README.md']), (['report', '--preset', 'smoke', '--out', '/nonexistent'], ['lts reproduce']),
+    (['reproduce', '--preset', 'paper', *NOWHERE], ['yolov3.weights', 'lts data fetch darknet', 'lts data fetch refcocog', '--only-needed', 'lts data fetch glove']), (['report', '--preset', 'smoke', '--out', '/nonexistent'], ['lts reproduce']),
     (['compare', '/nonexistent', '/nonexistent'], ['results.csv', 'lts reproduce'])], ids=lambda v: ' '.join(v)[:40])
 def test_names_and_places(lts, tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)

@@ -81,7 +81,7 @@ def test_wrong_structure_is_named(data, what, word):
     with pytest.raises(KitError, match=word): Refer(data, 'refshapes')
 
 def test_missing_data_names_path_and_command(data):
-    for dataset, command in (('refshapes+', 'lts data make refshapes'), ('refcoco', 'data/README.md')):
+    for dataset, command in (('refshapes+', 'lts data make refshapes'), ('refcoco', 'lts data fetch refcoco')):
         with pytest.raises(KitError) as e: Refer(data, dataset)
         assert str(data/dataset) in str(e.value) and command in str(e.value)
     with pytest.raises(KitError, match='unc'): Refer(data, 'refshapes', by='google')
