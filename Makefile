@@ -7,7 +7,7 @@ ARGS ?=
 BIN := .venv/bin
 LESSONS := $(sort $(wildcard nbs/*.ipynb)) $(sort $(wildcard nbs/tutorials/*.ipynb))
 
-.PHONY: help setup reproduce test check lessons pytest export readme docs clean
+.PHONY: help setup reproduce test test-kill test-fuzz check lessons pytest export readme docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,6 +26,12 @@ reproduce: setup ## every table and figure of the paper, on the embedded benchma
 
 test: setup ## all tests: what is generated, the notebooks, pytest
 	@$(MAKE) -k --no-print-directory check lessons pytest
+
+test-kill: setup ## kill `lts reproduce` at 30 random moments, fill its disk, start it twice: half an hour
+	$(BIN)/pytest tests/kill.py
+
+test-fuzz: setup ## damaged and hostile files, ten times as many as in make test
+	FUZZ=10 $(BIN)/pytest tests/test_fuzz.py
 
 check: setup ## does what is generated (lts_nb/, README.md) agree with the notebooks, and are they clean?
 	$(BIN)/pytest tests/test_clean.py

@@ -81,16 +81,16 @@ def data_make(name:Annotated[str, typer.Argument(help='refshapes, refshapes+ or 
     prints = make_family(root or default_root(preset), recipe if seed is None else replace(recipe, seed=seed), os.cpu_count() or 1)
     for each, print_ in prints.items(): typer.echo(f'{each:12} fingerprint {print_}  {root or default_root(preset)}')
 
-# %% ../nbs/27_cli.ipynb #986dd0ae
+# %% ../nbs/27_cli.ipynb #65566d7a
 @data_app.command('fetch')
-def data_fetch(names:Annotated[list[str], typer.Argument(help='refcoco, refcoco+, refcocog, coco-train2014, glove, glove-6b, darknet')], root:Data=Path('data'),
+def data_fetch(names:Annotated[list[str], typer.Argument(help='refcoco, refcoco+, refcocog, coco-train2014, glove, glove-6b, glove-50d, darknet')], root:Data=Path('data'),
                path:Annotated[Optional[Path], typer.Option('--from', help='A file you already have; it is verified, and not changed.')]=None,
                url:Annotated[Optional[list[str]], typer.Option(help='A further source, tried first; may be given several times.')]=None,
                only_needed:Annotated[bool, typer.Option(help='Of the photographs keep those that the sets in the folder use.')]=False):
     "Get data sets, photographs, vectors or weights. Verified before they are unpacked; goes on where it stopped."
     from lts_nb.fetch import download_of, fetch
     if path and len(names) > 1: raise KitError('--from is one file, for one name', path, 'Name one')
-    for name in names: download_of(name)
+    for name in names: name == 'glove-50d' or download_of(name)
     for name in names:
         files = fetch(name, root, path, url or (), only_needed)
         typer.echo(f'{name}: {len(files)} file{"s"*(len(files) != 1)} in {files[0].parent}')

@@ -7,7 +7,7 @@ __all__ = ['DOWNLOADS', 'TIMEOUT', 'SLOW', 'LARGEST', 'TRIES', 'SETS', 'LEAKY', 
            'fetch_file', 'verify', 'members', 'unpack', 'needed_images', 'fetch', 'leak_of', 'leak_note',
            'excluded_images', 'check_backbone']
 
-# %% ../nbs/28_fetch.ipynb #5a20ea8c
+# %% ../nbs/28_fetch.ipynb #0e3a689f
 import json, shutil, stat, time, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,6 +15,7 @@ import pooch, requests, urllib3
 from tqdm.auto import tqdm
 from .errors import KitError, atomic_path, disk_error, unknown_name, write_text
 from .refer import Refer
+from .text import write_packaged_vectors
 
 # %% ../nbs/28_fetch.ipynb #058e3e7e
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ DOWNLOADS |= {
         'md5:c84e5b99d0e52cd466ae710cadf6d84c', (('', 'darknet/yolov3.weights'),), 248_007_048),
 }
 
-# %% ../nbs/28_fetch.ipynb #fd0b7dbe
+# %% ../nbs/28_fetch.ipynb #181cca71
 def download_of(
     name:str, # as for `lts data fetch`
 )->Download:
     "A download by name; KitError with the nearest names where there is none."
-    if name not in DOWNLOADS: raise unknown_name('download', name, DOWNLOADS)
+    if name not in DOWNLOADS: raise unknown_name('download', name, [*DOWNLOADS, 'glove-50d'])
     return DOWNLOADS[name]
 
 # %% ../nbs/28_fetch.ipynb #76a4816e
@@ -236,7 +237,13 @@ def needed_images(
     refers = [Refer(root, n, by) for n, by in parts.items()]
     return {r.images[ref.image_id].file_name for r in refers for ref in r.refs.values()}
 
-# %% ../nbs/28_fetch.ipynb #c8c1e052
+# %% ../nbs/28_fetch.ipynb #1d54b390
+def _packaged(root):
+    "The vectors of the optional package, in the data's folder."
+    path = root/'glove'/'glove.6B.50d.txt'
+    return path if path.exists() else write_packaged_vectors(path)
+
+# %% ../nbs/28_fetch.ipynb #9fd2c111
 def fetch(
     name:str, root,           # a key of DOWNLOADS; the data's folder
     path=None,                # a file that the user has
@@ -244,7 +251,9 @@ def fetch(
     only_needed:bool=False,   # of the photographs, those that the sets in the folder use
 )->list:                      # the files that stand now
     "Get a data set, the photographs, vectors or weights into the data's folder. KitError where no source has them, or something else stands in their place."
-    d, root = download_of(name), Path(root)
+    root = Path(root)
+    if name == 'glove-50d': return [_packaged(root)]
+    d = download_of(name)
     only = needed_images(root) if only_needed else None
     if not d.unpacked: return [_place(d, root, path, urls)]
     if path: verify(path, d)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['learning_rate', 'config_hash', 'save_checkpoint', 'load_checkpoint', 'terminate_as_interrupt', 'fit']
 
-# %% ../nbs/15_fit.ipynb #1c414895
-import hashlib, json, math, pickle, signal, threading, time
+# %% ../nbs/15_fit.ipynb #652d9b22
+import hashlib, json, math, signal, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -23,14 +23,14 @@ def learning_rate(
     "The paper's step schedule."
     return lr if epoch < decay else lr*.1
 
-# %% ../nbs/15_fit.ipynb #915647a3
+# %% ../nbs/15_fit.ipynb #391d52b9
 def config_hash(
     config,  # anything JSON can write
 )->str:      # 12 hex digits
     "A short name for a configuration."
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/15_fit.ipynb #0ce02ec1
+# %% ../nbs/15_fit.ipynb #f88f8fbe
 def save_checkpoint(
     path,             # file, replaced in one step
     model:torch.nn.Module, # whose weights
@@ -43,23 +43,24 @@ def save_checkpoint(
                  rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
     with atomic_path(path) as tmp: torch.save(state, tmp)
 
-# %% ../nbs/15_fit.ipynb #0250f94f
+# %% ../nbs/15_fit.ipynb #2eff1da2
 def load_checkpoint(
     path,    # a checkpoint file
     config,  # the configuration it must have been made with
     model=None, optimizer=None, # filled in place, with the generators' states
 )->dict:     # progress; None where the file belongs to another configuration
     "Read a checkpoint as data, never as code. KitError where the file is damaged."
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as e:
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        if state['config'] != config_hash(config): return None
+        if model is not None: model.load_state_dict(state['model'])
+        if optimizer is not None:
+            optimizer.load_state_dict(state['optimizer'])
+            torch.set_rng_state(state['rng'])
+            if state['cuda_rng'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda_rng'])
+        return state['progress']
+    except Exception as e:  # what a damaged file makes of torch's reader cannot be listed: IndexError and AttributeError were met
         raise KitError('the checkpoint cannot be read', path, 'Delete it; the same command then starts that run again') from e
-    if state.get('config') != config_hash(config): return None
-    if model is not None: model.load_state_dict(state['model'])
-    if optimizer is not None:
-        optimizer.load_state_dict(state['optimizer'])
-        torch.set_rng_state(state['rng'])
-        if state['cuda_rng'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda_rng'])
-    return state['progress']
 
 # %% ../nbs/15_fit.ipynb #21c97e1c
 @contextmanager
@@ -161,7 +162,7 @@ def _count(progress, values, batch, seconds):
     progress['samples'] += n
     progress['seconds'] += seconds
 
-# %% ../nbs/15_fit.ipynb #8ea59e9c
+# %% ../nbs/15_fit.ipynb #6516cd95
 def _close_epoch(progress, lr, after_epoch):
     "Turn the epoch's sums into a row of the history and start the next."
     n = max(progress['samples'], 1)

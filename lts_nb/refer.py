@@ -106,7 +106,7 @@ def _ref(r, where):
     sentences = tuple(_sentence(s, where) for s in _field(r, 'sentences', list, where))
     return Ref(*ids, _field(r, 'split', str, where), sentences)
 
-# %% ../nbs/02_refer.ipynb #2ab0504b
+# %% ../nbs/02_refer.ipynb #c7fd78ea
 def _image(i, where):
     name = _field(i, 'file_name', str, where)
     if Path(name).is_absolute() or '..' in Path(name).parts or not name:
@@ -121,7 +121,8 @@ def _annotation(a, where):
     ids = [_field(a, k, int, where) for k in _ANNOTATION_KEYS[:3]]
     segmentation = _field(a, 'segmentation', (list, dict), where)
     extra = {k: v for k, v in a.items() if k not in _ANNOTATION_KEYS}
-    return Annotation(*ids, segmentation, tuple(a.get('bbox') or ()), int(bool(a.get('iscrowd'))), extra)
+    bbox = a.get('bbox') if isinstance(a.get('bbox'), list) else []  # nothing of ours reads it
+    return Annotation(*ids, segmentation, tuple(bbox), int(bool(a.get('iscrowd'))), extra)
 
 # %% ../nbs/02_refer.ipynb #c96d9e08
 def _read_counts(

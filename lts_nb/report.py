@@ -49,17 +49,22 @@ def controls(
     out = [(d, s, at('lts', d, s, 'oIoU'), at('lts', d, s, 'swapped oIoU'), at('blind', d, s, 'oIoU'), at('lts', d, s, 'pointing'), at('lts', d, s, 'ceiling oIoU')) for d, s in places]
     return pd.DataFrame(out, columns=['dataset', 'split', 'LTS', 'swapped', 'blind', 'pointing', 'ceiling'])
 
-# %% ../nbs/24_report.ipynb #d7322de3
+# %% ../nbs/24_report.ipynb #d0bd6695
+def _circumstances(r):
+    "One line of `runs_frame`."
+    c, h = r['config'], r['hardware']
+    return dict(run=r['run'], experiment=r['experiment'], dataset=r['dataset'], seed=r['seed'], size=c['data']['size'], sentences=sum(x['samples'] for x in r['history']),
+        parameters=r['parameters'], gflops=r.get('gflops'), seconds=r['seconds']['total'], train_seconds=r['seconds']['train'], peak_memory_mb=r['peak_memory_mb'],
+        fingerprint=r['fingerprint'], commit=r['code']['commit'], torch=r['versions']['torch'], device=h['gpu'] or h['cpu'])
+
 def runs_frame(
     results:list,  # from `load_results`
 )->pd.DataFrame:   # one line a run
-    "The circumstances of every run."
+    "The circumstances of every run. KitError for a result that does not tell them."
     out = []
     for r in results:
-        c, h = r['config'], r['hardware']
-        out.append(dict(run=r['run'], experiment=r['experiment'], dataset=r['dataset'], seed=r['seed'], size=c['data']['size'], sentences=sum(x['samples'] for x in r['history']),
-            parameters=r['parameters'], gflops=r.get('gflops'), seconds=r['seconds']['total'], train_seconds=r['seconds']['train'], peak_memory_mb=r['peak_memory_mb'],
-            fingerprint=r['fingerprint'], commit=r['code']['commit'], torch=r['versions']['torch'], device=h['gpu'] or h['cpu']))
+        try: out.append(_circumstances(r))
+        except (KeyError, TypeError) as e: raise KitError(f'the result does not say how it was made: {e}', r['folder']/'result.json', 'Remove that folder and run lts reproduce again') from e
     return pd.DataFrame(out)
 
 # %% ../nbs/24_report.ipynb #1c1c16a9
