@@ -13,13 +13,13 @@ import numpy as np, pandas as pd, seaborn as sns
 from .tables import bootstrap_interval, image_totals, load_samples, metric_names, metrics_of
 from .text import tokenize
 
-# %% ../nbs/23_failures.ipynb #062ceab7
+# %% ../nbs/23_failures.ipynb #5def1d7c
 KINDS = ('looks', 'place', 'ordinal', 'relation')
 _relation = re.compile(r'\b(next to|near(est)?|close(st|r)? to|beside|behind|in front of|on top of|under|above|below|between|holding|wearing|(left|right|top|bottom|side) of the (?!(image|picture|photo|screen|frame)\b))\b')
 _ordinal = re.compile(r'\b(first|second|third|fourth|fifth|1st|2nd|3rd|4th|last)\b')
 _place = re.compile(r'\b(left|right|top|bottom|middle|center|centre|upper|lower|corner|leftmost|rightmost|up|front|back|far|side|lowest|highest|edge)\b')
 
-# %% ../nbs/23_failures.ipynb #e6ad7081
+# %% ../nbs/23_failures.ipynb #251ae558
 def expression_kind(
     sentence:str, # a referring expression
 )->str:  # one of KINDS
@@ -29,7 +29,7 @@ def expression_kind(
         if pattern.search(words): return kind
     return 'looks'
 
-# %% ../nbs/23_failures.ipynb #54e2a79b
+# %% ../nbs/23_failures.ipynb #15ec2efd
 def sentences_frame(
     results:list,     # from `tables.load_results`
     experiment:str, dataset:str, split:str='val', # whose runs, on what
@@ -45,7 +45,7 @@ def sentences_frame(
     words = f.sentence.map(lambda s: len(tokenize(s)))
     return f.assign(words=words, kind=f.sentence.map(expression_kind), IoU=f.intersection / np.maximum(f.union, 1))
 
-# %% ../nbs/23_failures.ipynb #d50626e1
+# %% ../nbs/23_failures.ipynb #927b2f4c
 BREAKDOWNS = {
     'sentence length':       ('words', [0, 2, 3, 5, 8, np.inf], ['1–2 words', '3', '4–5', '6–8', '9 and more']),
     'object size':           ('area',  [-1, .01, .03, .06, .12, 2], ['under 1 %', '1–3 %', '3–6 %', '6–12 %', 'over 12 %']),
@@ -59,7 +59,7 @@ def _levels(f, by):
     column, edges, labels = BREAKDOWNS[by]
     return pd.Categorical(f[column], labels, ordered=True) if edges is None else pd.cut(f[column], edges, labels=labels)
 
-# %% ../nbs/23_failures.ipynb #2feea7b3
+# %% ../nbs/23_failures.ipynb #ce87f2d5
 def breakdown(
     f:pd.DataFrame,  # from `sentences_frame`
     by:str,          # a key of BREAKDOWNS
@@ -91,18 +91,18 @@ def breakdown_bars(
         axes[0, 0].legend(fontsize=7, frameon=False, loc='upper right')
     return fig
 
-# %% ../nbs/23_failures.ipynb #2bbe99d5
+# %% ../nbs/23_failures.ipynb #5b488c98
 def failure_shares(
     f:pd.DataFrame,  # from `sentences_frame`
 )->dict:             # percent: failed (of all sentences); localisation, another object, segmentation (of the failed); NaN where there is no prior
     "What went wrong where the IoU is below 0.5."
-    failed = f[f.IoU < .5]
+    failed = f[f.IoU <= .5]
     if failed.empty or (f.hit < 0).all(): return {'failed': 100*len(failed)/max(len(f), 1), **dict.fromkeys(('localisation', 'another object', 'segmentation'), np.nan)}
     missed = failed.hit == 0
     other = missed & (failed.other_i >= .5*np.maximum(failed.other_u, 1))
     return {'failed': 100*len(failed)/len(f), 'localisation': 100*missed.mean(), 'another object': 100*other.mean(), 'segmentation': 100*(~missed).mean()}
 
-# %% ../nbs/23_failures.ipynb #9e7b3613
+# %% ../nbs/23_failures.ipynb #51340569
 def failures_frame(
     results:list, places:list,  # from `load_results`; (dataset, split) to look at
     experiment:str='lts',       # whose runs

@@ -15,7 +15,7 @@ from .darknet import fold_batch_norm
 from .errors import KitError, disk_error, write_text
 from .letterbox import letterbox_image
 
-# %% ../nbs/17_features.ipynb #3e81ef5a
+# %% ../nbs/17_features.ipynb #7006a76c
 class LiveFeatures:
     "Features computed when asked for."
     def __init__(self,
@@ -44,7 +44,7 @@ class LiveFeatures:
         "The three maps of letterboxed images."
         return tuple(self.backbone(images.to(self.device, memory_format=torch.channels_last)))
 
-# %% ../nbs/17_features.ipynb #47ac014f
+# %% ../nbs/17_features.ipynb #da2e09ea
 class CachedFeatures:
     "Features read from disk."
     def __init__(self,
@@ -63,7 +63,7 @@ class CachedFeatures:
         at = [self.index[i] for i in image_ids]
         return tuple(torch.from_numpy(m[at]).to(self.device).float().permute(0, 3, 1, 2) for m in self.maps)
 
-# %% ../nbs/17_features.ipynb #6eac0ef7
+# %% ../nbs/17_features.ipynb #40a21fd4
 def feature_key(
     fingerprint:str,    # of the data set
     backbone:torch.nn.Module, # its weights decide the features
@@ -84,7 +84,7 @@ def cache_bytes(
     with torch.no_grad(): maps = source.of_images(torch.zeros(1, 3, source.size, source.size))
     return 2*n*sum(m.numel() for m in maps)
 
-# %% ../nbs/17_features.ipynb #1d0e367f
+# %% ../nbs/17_features.ipynb #55ab2e63
 def build_features(
     folder,               # where caches are kept; this one gets a folder below
     source:LiveFeatures,  # computes them
@@ -107,7 +107,7 @@ def build_features(
             part.rename(done)
     return CachedFeatures(done, source.device)
 
-# %% ../nbs/17_features.ipynb #45af581c
+# %% ../nbs/17_features.ipynb #04fa1887
 def _reserve(path):
     "Take a file's whole size on the disk now; OSError where there is no room."
     with open(path, 'r+b') as f:

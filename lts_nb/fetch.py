@@ -205,7 +205,7 @@ def unpack(
     "Unpack an archive below the root; goes on where it stopped. KitError where that would leave the root or replace another file."
     root, done = Path(root).resolve(), []
     try: archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError) as e: raise KitError(f'the archive cannot be opened: {e}', path, 'Get it again') from e
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e: raise KitError(f'the archive cannot be opened: {e}', path, 'Get it again') from e
     with archive:
         todo = members(archive, d, only)
         if not todo: raise KitError(f'the archive holds nothing of {d.file}', path, 'Get it from another source')

@@ -32,13 +32,13 @@ def load_examples(
     except Exception as e:
         raise KitError(f'the examples cannot be read: {e}', path, f'Remove the folder {path.parent} and run lts reproduce again') from e
 
-# %% ../nbs/21_figures.ipynb #af40c90a
+# %% ../nbs/21_figures.ipynb #fc8d4b64
 def _caption(text, width=26, lines=4):
     "A sentence from a data set, fit to stand in a picture."
     text = ''.join(c if c.isprintable() else ' ' for c in str(text))
     return '\n'.join(textwrap.wrap(text, width, max_lines=lines, placeholder=' …')) or '(empty)'
 
-# %% ../nbs/21_figures.ipynb #3d8574fb
+# %% ../nbs/21_figures.ipynb #994dc532
 def _image_axes(ax, title=''):
     "An axis for a picture: no ticks, a title that is plain text."
     ax.set_xticks([]); ax.set_yticks([])
@@ -51,7 +51,7 @@ def _expression(ax, text):
     ax.axis('off')
     ax.text(.5, .5, _caption(text), ha='center', va='center', fontsize=8, transform=ax.transAxes, parse_math=False)
 
-# %% ../nbs/21_figures.ipynb #6e3a2339
+# %% ../nbs/21_figures.ipynb #3bec0e2e
 def _cut_out(image, mask, grey=235):
     "The picture where the mask is, pale grey where it is not."
     pale = grey - (255 - image.mean(-1, keepdims=True)) * .2
@@ -79,7 +79,7 @@ def figure4(
         for a, mask in zip(ax[3:], ('prediction', 'truth')): a.imshow(_cut_out(e['image'], e[mask]))
     return fig
 
-# %% ../nbs/21_figures.ipynb #3a8f1aa6
+# %% ../nbs/21_figures.ipynb #f62c68ed
 figure5_columns = {'fusion-filter': '(b) w/o Seg', 'filter-seg': '(c) w/o Fusion', 'fusion-seg': '(d) w/o Filter', 'lts': 'full LTS'}
 
 # %% ../nbs/21_figures.ipynb #73539590
@@ -101,7 +101,7 @@ def figure5(
             else: a.text(.5, .5, 'not run', ha='center', transform=a.transAxes, fontsize=8)
     return fig
 
-# %% ../nbs/21_figures.ipynb #e595ec5a
+# %% ../nbs/21_figures.ipynb #9e1aa50c
 _style = {'axes.spines.top': False, 'axes.spines.right': False, 'font.size': 8, 'axes.titlesize': 9, 'legend.frameon': False,
           'axes.grid': True, 'grid.alpha': .3, 'svg.hashsalt': 'lts'}
 _dataset_colour = lambda names: dict(zip(names, sns.color_palette('colorblind', max(len(names), 1))))
@@ -115,7 +115,7 @@ def history_frame(
             for h in r.get('history') or [] for part in ('loss', 'seg', 'loc') if h.get(part) is not None]
     return pd.DataFrame(rows, columns=['experiment', 'dataset', 'seed', 'epoch', 'part', 'value'])
 
-# %% ../nbs/21_figures.ipynb #c47abf43
+# %% ../nbs/21_figures.ipynb #be04a573
 GROUPS = {'Table 2': list(ABLATION.values()), 'Tables 4, 5 and 7': ['lts', 'lts-trans', 'lts-n2', 'lts-n3', 'lts-word', 'lts-star'],
           'Table 6': [*(f'lts-size{k}' for k in (1, 2, 3)), 'lts', *(f'lts-size{k}' for k in (5, 6))], 'controls': ['lts', 'blind', 'blind-noseg']}
 
@@ -151,7 +151,7 @@ def _curve(frame, x, xlabel):
             else: ax.text(.5, .5, 'not run', ha='center', transform=ax.transAxes)
     return fig
 
-# %% ../nbs/21_figures.ipynb #20f01ca5
+# %% ../nbs/21_figures.ipynb #14e5662b
 def resolution_curve(
     frame:pd.DataFrame,  # `tables.paper_table('6', …)`
 ):                       # matplotlib Figure

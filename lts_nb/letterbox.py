@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from .errors import KitError
 
-# %% ../nbs/05_letterbox.ipynb #aa0876c3
+# %% ../nbs/05_letterbox.ipynb #ef31240a
 @dataclass(frozen=True, slots=True)
 class Letterbox:
     "Where an image lies in the network's square."
@@ -40,7 +40,7 @@ def letterbox_geometry(
     new_h, new_w = (size, size) if stretch else (min(size, max(1, round(h*scale))), min(size, max(1, round(w*scale))))
     return Letterbox(h, w, size, scale, (size - new_h)//2, (size - new_w)//2, new_h, new_w)
 
-# %% ../nbs/05_letterbox.ipynb #9cb08d9a
+# %% ../nbs/05_letterbox.ipynb #ce9f37bc
 GREY = 127.5/255
 
 # %% ../nbs/05_letterbox.ipynb #0a7d4d8c
@@ -56,7 +56,7 @@ def letterbox_image(
     out[:, g.top:g.top+g.new_h, g.left:g.left+g.new_w] = np.asarray(resized, np.float32).transpose(2, 0, 1) / 255
     return out
 
-# %% ../nbs/05_letterbox.ipynb #394f0515
+# %% ../nbs/05_letterbox.ipynb #7eae467d
 def _centres(new, old):
     "For each of `new` cells the index of the pixel, of `old`, under its centre."
     return np.minimum(((2*np.arange(new) + 1)*old)//(2*new), old - 1)
@@ -73,7 +73,7 @@ def letterbox_mask(
     out[g.top:g.top+g.new_h, g.left:g.left+g.new_w] = mask[np.ix_(_centres(g.new_h, g.h), _centres(g.new_w, g.w))]
     return out
 
-# %% ../nbs/05_letterbox.ipynb #8b213713
+# %% ../nbs/05_letterbox.ipynb #8efad106
 def _grid_rows(cells, size, start, new, old, corner):
     "For each of `cells` cells the mask's row under it (or column), −1 on the grey."
     at = (np.arange(cells)*size)//cells if corner else _centres(cells, size)
@@ -93,7 +93,7 @@ def letterbox_grid(
     y, x = (_grid_rows(cells, size, *axis, corner) for axis in ((g.top, g.new_h, g.h), (g.left, g.new_w, g.w)))
     return mask[np.ix_(y, x)] & (y >= 0)[:, None] & (x >= 0)
 
-# %% ../nbs/05_letterbox.ipynb #f750af0b
+# %% ../nbs/05_letterbox.ipynb #7d1165ad
 def undo_letterbox(
     prob:torch.Tensor,  # float (h', w'): probabilities on the network's grid
     geometry:Letterbox, # of the image that went in
@@ -105,7 +105,7 @@ def undo_letterbox(
     inside = square[..., g.top:g.top+g.new_h, g.left:g.left+g.new_w]
     return F.interpolate(inside, size=(g.h, g.w), mode='bilinear', align_corners=False)[0, 0]
 
-# %% ../nbs/05_letterbox.ipynb #49044adb
+# %% ../nbs/05_letterbox.ipynb #9025fec6
 def predict_mask(
     prob:torch.Tensor,    # float (h', w'): probabilities on the network's grid
     geometry:Letterbox,   # of the image that went in

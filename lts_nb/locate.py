@@ -78,7 +78,7 @@ def sine_positions(
     y, x = axis(h)[:, None].expand(h, w, d//2), axis(w)[None].expand(h, w, d//2)
     return torch.cat([y, x], 2).reshape(h*w, d)
 
-# %% ../nbs/10_locate.ipynb #90b5c505
+# %% ../nbs/10_locate.ipynb #ec5e1f13
 class DecoderLayer(nn.Module):
     "One post-norm transformer decoder layer: cells (B,N,d), positions (N,d), memory (B,M,d) -> (B,N,d)."
     def __init__(self,

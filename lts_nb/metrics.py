@@ -27,7 +27,7 @@ def intersection_union(
     if pred.shape != truth.shape: raise KitError(f'the prediction is of size {list(pred.shape)}, the truth of {list(truth.shape)}')
     return int((pred & truth).sum()), int((pred | truth).sum())
 
-# %% ../nbs/14_metrics.ipynb #e366667e
+# %% ../nbs/14_metrics.ipynb #be4af499
 THRESHOLDS = 5, 6, 7, 8, 9 # tenths
 
 # %% ../nbs/14_metrics.ipynb #01247be6
@@ -42,9 +42,9 @@ def summarise(
     return {'n': len(i), 'oIoU': float(100*i.sum()/u.sum()), 'mIoU': float(100*(i/u).mean()),
             **{f'prec@0.{t}': float(100*(10*i > t*u).mean()) for t in THRESHOLDS}}
 
-# %% ../nbs/14_metrics.ipynb #b58e7b13
+# %% ../nbs/14_metrics.ipynb #3a4336af
 def pointing_hit(
-    prior:torch.Tensor, # float (h', w'): sigmoid(H), or its logits: only the maximum counts
+    prior:torch.Tensor, # float (h', w'): the prior's logits, as `evaluate` gives them; sigmoid(H) may point elsewhere
     geometry,           # the image's `Letterbox`
     truth:np.ndarray,   # bool (H, W)
 )->bool:
@@ -64,7 +64,7 @@ def ceiling(
     grid = F.interpolate(boxed, size=(grid_size, grid_size), mode='nearest-exact')[0, 0]
     return intersection_union(predict_mask(grid, letterbox_geometry(*mask.shape, size), threshold), mask)
 
-# %% ../nbs/14_metrics.ipynb #995dd8ca
+# %% ../nbs/14_metrics.ipynb #dae58804
 def encode_rle(
     mask:np.ndarray, # bool (H, W)
 )->dict:             # {"size": [H, W], "counts": str}
@@ -81,7 +81,7 @@ def write_predictions(
     rows = [json.dumps({'sent_id': int(i), 'segmentation': encode_rle(m)}) for i, m in predictions]
     write_text(path, '[\n' + ',\n'.join(rows) + '\n]\n')
 
-# %% ../nbs/14_metrics.ipynb #6edc8913
+# %% ../nbs/14_metrics.ipynb #cbad8dd6
 def _few(items):
     "The first few of many."
     items = list(items)
@@ -106,7 +106,7 @@ def read_predictions(
     if len(found) < len(ids): raise KitError(f'sent_ids occur twice: {_few(sorted(i for i, n in Counter(ids).items() if n > 1))}', path)
     return found
 
-# %% ../nbs/14_metrics.ipynb #6f42a858
+# %% ../nbs/14_metrics.ipynb #40d56fc5
 def _prediction(segmentation, image):
     "A predicted mask, or the sentence that says what is wrong with it."
     try: return decode_rle(segmentation, image.height, image.width)

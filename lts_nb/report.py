@@ -200,11 +200,11 @@ def _claims_section(claims):
         parts.append(dict(grid=frame_grid(shown, 2, f'Verdicts on {NAMES.get(dataset, dataset)}: {counts}', ['claim', 'verdict', 'why', 'source'])))
     return 'claims', 'What of the paper holds here?', parts
 
-# %% ../nbs/24_report.ipynb #b446dc7b
+# %% ../nbs/24_report.ipynb #e4be4901
 def _failures_section(results, failures, parts, dataset):
     "What went wrong, where, and the worst sentences of the first LTS run."
     if failures.empty: return None
-    out = [dict(text='A sentence fails where its IoU is below 0.5. Localisation: the prior’s maximum lies outside the object (another object: the mask covers one); segmentation: it lies inside, and the mask is bad all the same. LTS, all seeds, in percent.'),
+    out = [dict(text='A sentence fails where its IoU is 0.5 or less. Localisation: the prior’s maximum lies outside the object (another object: the mask covers one); segmentation: it lies inside, and the mask is bad all the same. LTS, all seeds, in percent.'),
            dict(grid=frame_grid(failures))]
     if parts: out.append(dict(plot=(f'breakdown', breakdown_bars(parts), f'LTS on {dataset} val by length of the sentence, share of the picture that the object covers, objects of its category in the picture, and kind of expression; bars: overall IoU with its 95 % interval over images; diamonds: pointing game; in brackets the number of sentences.')))
     if worst := _examples(results, 'lts', dataset, 'worst'):
