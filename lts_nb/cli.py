@@ -36,9 +36,12 @@ def reproduce(preset:Preset='cpu', table:Tables=None, seeds:Seeds=1, cores:Cores
     raise typer.Exit(reproduce(preset, table, seeds, cores, out, root))
 
 @app.command()
-def plan(preset:Preset='cpu', table:Tables=None, seeds:Seeds=1, cores:Cores=None, out:Out=None, root:Root=None):
-    "Show each run, its state and the time left. Changes nothing."
-    from lts_nb.batch import describe_plan
+def plan(preset:Preset='cpu', table:Tables=None, seeds:Seeds=1, cores:Cores=None, out:Out=None, root:Root=None,
+         measured:Annotated[bool, typer.Option('--measure', help='First time a few steps on this machine (minutes), and keep the rates in the report\'s folder.')]=False):
+    "Show each run, its state and the time left, and what is missing with the command that gets it. Runs nothing."
+    from lts_nb.batch import default_out, describe_plan
+    from lts_nb.throughput import keep_rates, measure
+    if measured: keep_rates(out or default_out(preset), measure(preset))
     typer.echo(describe_plan(preset, table, seeds, cores, out, root))
 
 # %% ../nbs/27_cli.ipynb #044d5b60

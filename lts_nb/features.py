@@ -51,6 +51,7 @@ class CachedFeatures:
         folder,        # as written by `build_features`
         device='cpu',  # where the maps are put
     ):
+        self.folder = Path(folder)
         try: self.index = {i: k for k, i in enumerate(json.loads((Path(folder)/'images.json').read_text()))}
         except (OSError, ValueError) as e: raise KitError('the feature cache cannot be read', folder, 'Delete that folder; the same command makes it again') from e
         self.maps = [np.load(Path(folder)/f'v{k}.npy', mmap_mode='r') for k in (1, 2, 3)]

@@ -341,11 +341,13 @@ def write_refer(
 # %% ../nbs/02_refer.ipynb #0b8a5541
 PUBLISHED_COUNTS = { # (dataset, by) -> split -> images, refs, sentences, where they are published or reported
     ('refcoco', 'unc'): {'train': dict(images=16994, refs=42404, sentences=120624), 'val': dict(images=1500, refs=3811, sentences=10834),
-        'testA': dict(images=750, refs=1975, sentences=5657), 'testB': dict(images=750, refs=1810, sentences=5095)},
-    ('refcoco+', 'unc'): {'train': dict(images=16992, sentences=120191), 'val': dict(sentences=10758),
-        'testA': dict(sentences=5726), 'testB': dict(sentences=4889)},
-    ('refcocog', 'umd'): {'train': dict(images=21899, refs=42226), 'val': dict(images=1300, sentences=4896),
-        'test': dict(images=2600, sentences=9602), 'all': dict(images=25799, refs=49822, sentences=95010)},
+        'testA': dict(images=750, refs=1975, sentences=5657), 'testB': dict(images=750, refs=1810, sentences=5095),
+        'all': dict(images=19994, refs=50000, sentences=142210)},
+    ('refcoco+', 'unc'): {'train': dict(images=16992, refs=42278, sentences=120191), 'val': dict(images=1500, refs=3805, sentences=10758),
+        'testA': dict(images=750, refs=1975, sentences=5726), 'testB': dict(images=750, refs=1798, sentences=4889),
+        'all': dict(images=19992, refs=49856, sentences=141564)},
+    ('refcocog', 'umd'): {'train': dict(images=21899, refs=42226, sentences=80512), 'val': dict(images=1300, refs=2573, sentences=4896),
+        'test': dict(images=2600, refs=5023, sentences=9602), 'all': dict(images=25799, refs=49822, sentences=95010)},
     ('refcocog', 'google'): {'all': dict(images=26711, refs=54822, sentences=104560)}}
 
 # %% ../nbs/02_refer.ipynb #56860371
@@ -404,6 +406,13 @@ def _overlaps(refer):
     return [f'train and {s} share {n} image' + 's'*(n > 1) for s, n in shared.items() if n]
 
 # %% ../nbs/02_refer.ipynb #f738df14
+def _count_notes(table):
+    "Whether a table's counts are the published ones."
+    known = [(table[c], table[f'{c} published']) for c in ('images', 'refs', 'sentences') if f'{c} published' in table]
+    n, met = sum(p.notna().sum() for _, p in known), sum((ours == p).sum() for ours, p in known)
+    if not n: return []
+    return [f'All {n} published counts are met' if met == n else f'{n - met} of {n} published counts are not met: this is not the whole data set']
+
 def check_dataset(
     refer:Refer, # an opened data set
 )->tuple:        # (DataFrame: statistics beside the published ones, list of problems: empty if sound)
@@ -413,7 +422,7 @@ def check_dataset(
     for column in ('images', 'refs', 'sentences'):
         values = [published.get(split, {}).get(column) for split in table.index]
         if any(values): table[f'{column} published'] = pd.array(values, dtype='Int64')
-    table.attrs['notes'] = partition_notes(refer.dataset, refer.by)
+    table.attrs['notes'] = partition_notes(refer.dataset, refer.by) + _count_notes(table)
     problems, opened = _overlaps(refer), set()
     ids = [s.sent_id for r in refer.refs.values() for s in r.sentences]
     if len(set(ids)) < len(ids): problems.append(f'{len(ids) - len(set(ids))} sent_ids occur twice')

@@ -6,7 +6,7 @@
 __all__ = ['PAD', 'UNK', 'tokenize', 'Vocab', 'build_vocab', 'encode', 'pad_batch', 'load_vectors', 'write_packaged_vectors']
 
 # %% ../nbs/04_text.ipynb #3dfbe0be
-import contextlib, io, json, math, re, ssl, tempfile
+import contextlib, hashlib, io, json, math, os, re, ssl, tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,14 +120,24 @@ def _torchtext_manners():
     finally: ssl._create_default_https_context = before
 
 # %% ../nbs/04_text.ipynb #3bd0ed24
-def _read_vectors(path, vocab, dim):
+def _excerpt(path, vocab, dim, cache):
+    "The file in `cache` that holds the lines of the vocabulary's words; written where it is not there yet."
+    with open(path, 'rb') as f: at = os.fstat(f.fileno())
+    key = hashlib.sha256(json.dumps([at.st_size, at.st_mtime_ns, dim, vocab.words]).encode()).hexdigest()[:12]
+    kept = Path(cache)/f'{Path(path).stem}-{key}.txt'
+    if not kept.exists():
+        with atomic_path(kept) as tmp, open(tmp, 'wb') as out: _copy_needed(path, vocab, dim, out)
+    return kept
+
+# %% ../nbs/04_text.ipynb #22be30ec
+def _read_vectors(path, vocab, dim, cache):
     "torchtext's `Vectors` of the vocabulary's words, or None where the file has none of them."
     from torchtext.vocab import Vectors
     try:
         with tempfile.TemporaryDirectory() as d:
-            with open(f'{d}/vectors.txt', 'wb') as out: copied = _copy_needed(path, vocab, dim, out)
-            if not copied: return None
-            with _torchtext_manners(): return Vectors(f'{d}/vectors.txt', cache=d)
+            kept = _excerpt(path, vocab, dim, cache or d)
+            if not kept.stat().st_size: return None
+            with _torchtext_manners(): return Vectors(str(kept), cache=d)
     except FileNotFoundError: raise KitError('the vectors file is missing', path, 'Get it: lts data fetch glove') from None
     except OSError as e: raise KitError(f'the vectors file cannot be read: {e.strerror}', path) from e
 
@@ -137,9 +147,10 @@ def load_vectors(
     vocab:Vocab, # of the run
     dim:int,     # 300 in the paper; must be the file's
     seed:int,    # of the words that the file lacks
+    cache=None,  # folder for the lines that are needed; None: look for them each time
 )->torch.Tensor: # float32 (len(vocab), dim); row 0 (padding) is zero
     "Initial embeddings. Prints the share of words found. Raises `KitError` for a missing or malformed file, or one of another dimension."
-    found = _read_vectors(path, vocab, dim)
+    found = _read_vectors(path, vocab, dim, cache)
     known = [w for w in vocab.words[2:] if found is not None and w in found.stoi]
     if not known: raise KitError('the vectors file has no word of the vocabulary', path, 'Is it in the same language, and lower case?')
     vectors = torch.randn(len(vocab), dim, generator=torch.Generator().manual_seed(seed))

@@ -46,7 +46,7 @@ def set_up(
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.manual_seed(seed)
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=compute['device'] == 'cpu', mixed_precision=compute['precision'])
+    return Accelerator(cpu=compute['device'] == 'cpu', mixed_precision=compute['precision'] if torch.cuda.is_available() else 'no')
 
 # %% ../nbs/18_train.ipynb #78d5c380
 def open_data(
@@ -80,10 +80,11 @@ def build_model(
     channels:tuple,    # of the backbone's maps
     tail=None,         # the part of the backbone that trains
     vectors=None,      # path of a vectors file; None: drawn
+    cache=None,        # folder for what is needed of it
 )->LTS:
     "The model that a configuration describes."
     m = LTSConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config['model'].items()})
-    table = load_vectors(vectors, vocab, m.emb_dim, config['seed']) if vectors else None
+    table = load_vectors(vectors, vocab, m.emb_dim, config['seed'], cache) if vectors else None
     return LTS(m, channels, len(vocab), table, tail)
 
 # %% ../nbs/18_train.ipynb #ba6f194b
@@ -102,6 +103,7 @@ def loader(
     workers:int=0,   # processes
 )->DataLoader:
     "Batches with features; draws nothing from the global generator."
+    workers = min(workers, os.cpu_count() or 1)  # more than there are processors only get in each other's way
     return DataLoader(_Batches(samples, source), batch_size=None, sampler=batches, num_workers=workers,
                       generator=torch.Generator(), prefetch_factor=4 if workers else None)
 
@@ -355,7 +357,7 @@ def prepare(
     run.source = open_features(config, run.refer, run.backbone, run.fingerprint, out, run.acc.device)
     vectors = config['data']['vectors']
     torch.manual_seed(config['seed'])
-    run.model = build_model(config, run.vocab, channels, tail, Path(root)/vectors if vectors else None)
+    run.model = build_model(config, run.vocab, channels, tail, Path(root)/vectors if vectors else None, run.out/'shared'/'vectors')
     return run
 
 # %% ../nbs/18_train.ipynb #95231456

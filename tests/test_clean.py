@@ -65,10 +65,11 @@ def test_the_notebooks_of_the_modules_are_lessons():
 
 @pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.parent.name != 'runs'], ids=name)
 def test_a_lesson_shows_what_teaches_and_no_noise(path):
-    cells = json.loads(path.read_text())['cells']
+    notebook = json.loads(path.read_text())
+    cells = notebook['cells']
     outputs = [o for c in cells for o in c.get('outputs', [])]
     assert not [o['text'] for o in outputs if o.get('name') == 'stderr'], 'warnings and progress bars: run the notebook with TQDM_DISABLE=1, delete what is left'
-    assert not any('application/vnd.jupyter.widget-view+json' in o.get('data', {}) for o in outputs), 'a widget is dead once it is saved'
+    assert not any('application/vnd.jupyter.widget-view+json' in o.get('data', {}) for o in outputs) and 'widgets' not in notebook['metadata'], 'a widget is dead once it is saved: make export'
     text = ''.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
     if path.name != 'index.ipynb': assert '## Exercises' in text
 

@@ -13,7 +13,8 @@ def strip(path):
     "Clean a notebook in place; a file that is clean already is not touched."
     notebook = json.loads(path.read_text())
     code = [c for c in notebook['cells'] if c['cell_type'] == 'code']
-    if not any(noise(o) for c in code for o in c['outputs']): return
+    widgets = notebook['metadata'].pop('widgets', None)
+    if not widgets and not any(noise(o) for c in code for o in c['outputs']): return
     for c in code: c['outputs'] = [o for o in c['outputs'] if not noise(o)]
     path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n')
 

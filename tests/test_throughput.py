@@ -1,0 +1,89 @@
+"""How long a plan will take: measured here, damaged, unknown; and which feature caches a finished run leaves."""
+import json
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from lts_nb import batch, refer, throughput
+from lts_nb.cli import app
+from lts_nb.errors import KitError
+from lts_nb.experiments import run_config, runs_for
+from lts_nb.features import CachedFeatures
+from lts_nb.refer import Refer, check_dataset
+
+RATES = dict(train=100., score=200., feature_s=.01, image_mb=2., gpu=True, device='a card', gflops={e: (50., 50.) for e in ('lts', 'lts-trans', 'blind')})
+plan = lambda *args: CliRunner().invoke(app, ['plan', '--preset', *map(str, args)])
+
+
+def test_a_plan_is_measured_and_estimated(tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, 'measure', lambda preset, measure=throughput.measure: measure(preset, .5))
+    before = plan('gpu', '--table', 4, '--out', tmp_path).output
+    assert 'no run of this preset has been timed yet' in before and '--measure' in before and not list(tmp_path.iterdir())
+    throughput.keep_rates(tmp_path, throughput.measure('smoke'))
+    monkeypatch.setattr(throughput, 'work_of', lambda name, root: dict(refs=900, images=300, sentences=dict(val=60, testA=60, testB=60, test=120)))
+    after = plan('smoke', '--table', 4, '--out', tmp_path)
+    assert after.exit_code == 0 and ' s\n' in after.output and 'sentences a second in training' in after.output and 'minutes left' in after.output
+
+
+def test_hours_of_the_papers_preset(tmp_path):
+    throughput.keep_rates(tmp_path, RATES)
+    said = plan('paper', '--table', 4, '--out', tmp_path, '--root', tmp_path/'none').output
+    ours = {r['run']: s for r, s in zip(runs_for('paper', ['4']), [0]*9)}
+    seconds = throughput.estimate(runs_for('paper', ['4']), RATES, tmp_path/'none')
+    assert set(seconds) == set(ours)
+    assert f'about {sum(seconds.values())/3600:.0f} GPU hours left, 1 at a time' in said and 'a card' in said
+    assert said.count('lts data fetch') == 6
+
+
+def test_a_set_in_the_folder_is_counted(micro):
+    assert throughput.work_of('refcoco', micro) == dict(refs=0, images=12, sentences=dict(val=45, testA=18, testB=33))
+
+
+def test_runs_that_took_time_here_come_first(tmp_path):
+    throughput.keep_rates(tmp_path, RATES)
+    run = run_config('lts', 'refcoco', 'paper')
+    (tmp_path/'runs'/run['run']).mkdir(parents=True)
+    (tmp_path/'runs'/run['run']/'result.json').write_text(json.dumps(dict(run, seconds=dict(total=77.))))
+    seconds = batch.run_seconds('paper', runs_for('paper', ['4']), tmp_path, tmp_path/'none')
+    assert seconds[run['run']] == 77 and all(s > 77 for r, s in seconds.items() if r != run['run'])
+
+
+@pytest.mark.parametrize('content', ['{}', 'x', '[1]', '{"train": "a"}', json.dumps(dict(RATES, gflops=3))])
+def test_a_damaged_measurement_is_a_sentence(tmp_path, content):
+    (tmp_path/'throughput.json').write_text(content)
+    said = plan('paper', '--table', 4, '--out', tmp_path)
+    assert said.exit_code != 0 and isinstance(said.exception, (KitError, SystemExit))
+    with pytest.raises(KitError, match='--measure'): throughput.known_rates(tmp_path)
+
+
+def test_counts_are_held_against_the_published(tiny_family, monkeypatch):
+    r = Refer(tiny_family, 'refshapes')
+    table, _ = check_dataset(r)
+    assert table.attrs['notes'] == [], 'nothing is published of it'
+    counts = table[['images', 'refs', 'sentences']].to_dict('index')
+    monkeypatch.setitem(refer.PUBLISHED_COUNTS, ('refshapes', r.by), counts)
+    assert check_dataset(r)[0].attrs['notes'] == [f'All {3*len(counts)} published counts are met']
+    counts['val']['sentences'] += 1
+    assert 'not the whole data set' in check_dataset(r)[0].attrs['notes'][0]
+
+
+def test_a_feature_cache_lives_as_long_as_a_run_wants_it(tmp_path):
+    runs = [run_config(e, d, 'paper') for e, d in (('lts', 'refcoco'), ('fusion', 'refcoco'), ('lts', 'refcoco+'))]
+    (tmp_path/'plan.json').write_text(json.dumps(dict(runs=runs)))
+    def cache(name):
+        source = CachedFeatures.__new__(CachedFeatures)
+        source.folder = tmp_path/'shared'/'features'/name
+        source.folder.mkdir(parents=True)
+        return source
+    ours, theirs = cache('416-a'), cache('416-b')
+    def finish(run, source):
+        (tmp_path/'runs'/run['run']).mkdir(parents=True)
+        (tmp_path/'runs'/run['run']/'result.json').write_text('{}')
+        batch.release_features(tmp_path, run, source)
+    finish(runs[0], ours)
+    assert ours.folder.exists(), 'another run still reads it'
+    finish(runs[1], ours)
+    assert not ours.folder.exists() and theirs.folder.exists(), 'another data set of the same size is left alone'
+    batch.release_features(tmp_path, runs[2], SimpleNamespace())
+    assert theirs.folder.exists(), 'features that are not cached leave nothing'
