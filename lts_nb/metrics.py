@@ -7,7 +7,7 @@ __all__ = ['THRESHOLDS', 'intersection_union', 'summarise', 'pointing_hit', 'cei
            'read_predictions', 'score_predictions']
 
 # %% ../nbs/14_metrics.ipynb #44dbc7cd
-import json
+import json, reprlib
 from collections import Counter
 from functools import lru_cache
 import numpy as np
@@ -100,7 +100,7 @@ def read_predictions(
     if not isinstance(rows, list): raise KitError('the predictions file holds no list', path, form)
     for n, row in enumerate(rows):
         if not isinstance(row, dict) or type(row.get('sent_id')) is not int or not isinstance(row.get('segmentation'), dict):
-            raise KitError(f'entry {n} is no prediction: {str(row)[:80]}', path, form)
+            raise KitError(f'entry {n} is no prediction: {reprlib.repr(row)[:80]}', path, form)
     ids = [row['sent_id'] for row in rows]
     found = {i: row['segmentation'] for i, row in zip(ids, rows)}
     if len(found) < len(ids): raise KitError(f'sent_ids occur twice: {_few(sorted(i for i, n in Counter(ids).items() if n > 1))}', path)

@@ -8,7 +8,7 @@ __all__ = ['SPLIT_FILES', 'SPLIT_ORDER', 'COCO_FOLDERS', 'PUBLISHED_COUNTS', 'Se
            'dataset_statistics', 'partition_notes', 'check_dataset']
 
 # %% ../nbs/02_refer.ipynb #8bf6b661
-import json, pickle
+import json, pickle, reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
@@ -92,12 +92,12 @@ def _field(record, key, kind, where):
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool) and kind is int:
         wanted = getattr(kind, '__name__', 'number')
-        raise KitError(f'a record has no {key!r} of type {wanted}: {str(record)[:90]}', where, 'The file is no REFER release, or is damaged')
+        raise KitError(f'a record has no {key!r} of type {wanted}: {reprlib.repr(record)[:90]}', where, 'The file is no REFER release, or is damaged')
     return value
 
 def _sentence(s, where):
     tokens = _field(s, 'tokens', list, where)
-    if not all(isinstance(t, str) for t in tokens): raise KitError(f'tokens must be words: {str(tokens)[:90]}', where)
+    if not all(isinstance(t, str) for t in tokens): raise KitError(f'tokens must be words: {reprlib.repr(tokens)[:90]}', where)
     sent = _field(s, 'sent', str, where)
     return Sentence(_field(s, 'sent_id', int, where), sent, s.get('raw') if isinstance(s.get('raw'), str) else sent, tuple(tokens))
 

@@ -39,7 +39,7 @@ class Vocab:
     def from_json(cls, text:str)->'Vocab':
         "The inverse of `to_json`. Raises `KitError` where the text is something else."
         try: words = json.loads(text)
-        except ValueError as e: raise KitError(f'the vocabulary is no JSON: {e}') from e
+        except (ValueError, RecursionError) as e: raise KitError(f'the vocabulary is no JSON: {e}') from e
         if not isinstance(words, list) or words[:2] != ['<pad>', '<unk>'] or len(set(map(str, words))) < len(words):
             raise KitError('the vocabulary must be a list of different words that begins with <pad>, <unk>')
         return cls(tuple(map(str, words)))

@@ -22,6 +22,8 @@ from safetensors.torch import save
 from lts_nb import fetch, fit, metrics, predict, pretrain, refer, report, tables, text
 from lts_nb.darknet import Darknet53, load_darknet_weights
 from lts_nb.errors import KitError
+from lts_nb.experiments import run_config
+from lts_nb.train import build_model, shared_backbone
 
 EXAMPLES = 1200*int(os.environ.get('FUZZ', 1))
 MEMORY = 3 << 30  # bytes that a reading may take beyond what the process has
@@ -266,3 +268,77 @@ def test_the_archive(tmp_path_factory, changes):
     d = fetch.Download('a.zip', (), 'sha256:0', (('set/', 'set/'),), None, 1 << 20)
     ends_well(lambda: fetch.unpack(base/'a.zip', d, base/'root'))
     assert set(os.listdir(base)) <= {'a.zip', 'root'} and set(os.listdir(base/'root') if (base/'root').exists() else []) <= {'set'}
+
+
+@pytest.fixture(scope='module')
+def strangers_run(tmp_path_factory):
+    "A run's folder as somebody may send it: small, sound, of random weights."
+    out = tmp_path_factory.mktemp('stranger')
+    config = run_config('lts', 'refshapes', 'smoke')
+    config['data']['size'] = 64
+    folder, b = out/'runs'/config['run'], config['backbone']
+    folder.mkdir(parents=True)
+    net = Darknet53(b['width'], tuple(b['depths']), b['neck'])
+    weights = shared_backbone(config, out, out)
+    weights.parent.mkdir()
+    pretrain.save_backbone(net, weights)
+    model = build_model(config, VOCAB, net.channels)
+    fit.save_checkpoint(folder/'checkpoint.pt', model, torch.optim.Adam(model.parameters()), dict(epoch=1), 'config')
+    (folder/'vocab.json').write_text(VOCAB.to_json())
+    (folder/'result.json').write_text(json.dumps(dict(config=config)))
+    return folder
+
+
+def use(folder):
+    run = predict.load_run(folder)
+    predict.predict(run, np.zeros((10, 12, 3), np.uint8), 'left cat')
+
+
+def test_the_strangers_run_is_sound(strangers_run): use(strangers_run)
+
+
+@settings(fuzz, max_examples=EXAMPLES//4)
+@given(changes, st.booleans(), mutations)
+def test_a_run_from_elsewhere(strangers_run, changes, tree, accidents):
+    path = strangers_run/'result.json'
+    good = path.read_text()
+    path.write_bytes(json.dumps(changed(json.loads(good), changes)).encode() if tree else apply(good.encode(), accidents))
+    try: ends_well(lambda: use(strangers_run))
+    finally: path.write_text(good)
+
+
+@pytest.mark.parametrize('key, value', [('n', 10**6), ('d_m1', 10**9), ('aspp_rates', [1]*10**5), ('locate', '__class__'), ('emb_dim', -1)])
+def test_a_model_too_large_for_any_machine(strangers_run, key, value):
+    path = strangers_run/'result.json'
+    good = path.read_text()
+    hostile = json.loads(good)
+    hostile['config']['model'][key] = value
+    path.write_text(json.dumps(hostile))
+    try:
+        with pytest.raises(KitError): use(strangers_run)
+    finally: path.write_text(good)
+
+
+@pytest.mark.parametrize('deep', ['['*100_000, '{"a":'*100_000, *('['*n + ']'*n for n in (100_000, 995, 985, 970, 950, 900)), *('{"config":'*n + '1' + '}'*n for n in (990, 970, 930))],
+                         ids=lambda s: f'{s[:3]}{len(s)}')
+def test_brackets_without_end(home, strangers_run, deep):
+    "Nested a hundred thousand deep, Python's readers give up with an error that is no ValueError; a little less deep, whoever prints the record does."
+    for name in ('result.json', 'vocab.json'):
+        path = strangers_run/name
+        good = path.read_text()
+        path.write_text(deep)
+        try:
+            with pytest.raises(KitError): use(strangers_run)
+        finally: path.write_text(good)
+    (home/'p.json').write_text(deep)
+    with pytest.raises(KitError): metrics.read_predictions(home/'p.json')
+    (home/'out'/'runs'/'r').mkdir(parents=True, exist_ok=True)
+    (home/'out'/'runs'/'r'/'result.json').write_text(deep)
+    with pytest.raises(KitError): tables.load_results(home/'out')
+    with pytest.raises(KitError): read_set(home, pickle.dumps(REFS, 2), deep)
+    with pytest.raises(KitError): read_set(home, pickle.dumps(REFS, 2), json.dumps(INSTANCES).replace('[[1, 1, 8, 1, 8, 8]]', deep))
+    with pytest.raises(KitError): read_set(home, pickle.dumps(REFS, 2), json.dumps(INSTANCES).replace('"images": [{', '"images": [' + deep + ',{'))
+
+
+def test_a_pickle_nested_without_end(home):
+    with pytest.raises(KitError): read_set(home, b'\x80\x02' + b']'*100_000 + b'a'*99_999 + b'.', json.dumps(INSTANCES))
