@@ -8,7 +8,7 @@ __all__ = ['KIT', 'default_out', 'default_root', 'committed', 'make_plan', 'run_
            'reproduce', 'make_report']
 
 # %% ../nbs/25_batch.ipynb #cf6fe094
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -186,6 +186,8 @@ def _open_folder(out):
     lock = FileLock(out/'.lock')
     try: lock.acquire(timeout=0)
     except Timeout: print(f'Another `lts` is at work in {out}; waiting for it.', flush=True); lock.acquire()
+    for f in out.rglob('.*.part'):  # what a killed process was about to put in its place
+        if re.fullmatch(r'\..+\.\w{8}\.part', f.name): f.unlink(missing_ok=True)
     return lock
 
 # %% ../nbs/25_batch.ipynb #708fadc5
@@ -258,13 +260,15 @@ def failure_of(
     out, run:str,  # the report's folder, a run's name
 )->str:            # the error's last line, '' where the notebook tells none
     "Why a run failed, from its notebook or its log."
-    folder = Path(out)/'runs'/run
+    return _last_error(Path(out)/'runs'/run/'train.ipynb', Path(out)/'runs'/run/'log.txt')
+
+def _last_error(notebook, log):
     try:
-        cells = json.loads((folder/'train.ipynb').read_text())['cells']
+        cells = json.loads(notebook.read_text())['cells']
         errors = [o for c in cells for o in c.get('outputs', []) if o.get('output_type') == 'error']
         if errors: return f"{errors[-1]['ename']}: {errors[-1]['evalue']}".split('\n')[0]
     except (OSError, ValueError, KeyError): pass
-    try: return (folder/'log.txt').read_text().strip().split('\n')[-1]
+    try: return log.read_text().strip().split('\n')[-1]
     except (OSError, IndexError): return ''
 
 # %% ../nbs/25_batch.ipynb #d2866c37
@@ -310,8 +314,8 @@ def reproduce(
         failed = [r['run'] for r in the_plan['runs'] if not (out/'runs'/r['run']/'result.json').exists()]
         shared = _shared_failure(out, the_plan) if failed else None
         write_text(out/'failed.json', json.dumps(failed))
-        said = '' if shared else make_report(out, the_plan, failed)
         _say_failures(out, [] if shared else failed, shared)
+        said = '' if shared else make_report(out, the_plan, failed)
     finally: lock.release()
     if said: print(said)
     if not shared: _say_where(out, preset)
@@ -336,7 +340,7 @@ def make_report(
     command = [sys.executable, '-m', 'papermill', str(KIT/'nbs'/'runs'/'report.ipynb'), str(out/'report.ipynb'), '--cwd', str(KIT/'nbs'/'runs'), '-k', 'python3',
                '--no-progress-bar', '-p', 'out', str(out), '-p', 'preset', plan['preset'], '-y', json.dumps(dict(tables=plan['tables'], failed=list(failed)))]
     with open(out/'report.log', 'w') as log: status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    if status: raise KitError('the report could not be made; the runs are kept', out/'report.ipynb', 'Read that notebook, then run the same command again')
+    if status: raise KitError(f"the report could not be made ({_last_error(out/'report.ipynb', out/'report.log')}); the runs are kept", out/'report.ipynb', 'Read that notebook, then run the same command again')
     write_text(stamp, json.dumps(key))
     try: return print_pdf(out)
     except KitError as e: return str(e)

