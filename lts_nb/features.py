@@ -34,8 +34,7 @@ class LiveFeatures:
         "The letterboxed images: the part of the work that loader processes can do."
         return torch.stack([torch.as_tensor(letterbox_image(self.refer.open_image(i), self.size, self.stretch)) for i in image_ids])
 
-    def __call__(self, image_ids): # B ids -> (B, d, H/32, W/32), (B, d, H/16, W/16), (B, d, H/8, W/8)
-        return self.of_images(self.images(image_ids))
+    def __call__(self, image_ids): return self.of_images(self.images(image_ids)) # B ids -> (B, d, H/32, W/32), (B, d, H/16, W/16), (B, d, H/8, W/8)
 
     @torch.no_grad()
     def of_images(self,
@@ -43,8 +42,7 @@ class LiveFeatures:
     )->tuple:                # the three maps
         "The three maps of letterboxed images, as precise as a cache keeps them."
         two = images if len(images) > 1 else images.expand(2, -1, -1, -1)
-        with torch.autocast(torch.device(self.device).type, enabled=False):
-            maps = self.backbone(two.to(self.device, memory_format=torch.channels_last))
+        with torch.autocast(torch.device(self.device).type, enabled=False): maps = self.backbone(two.to(self.device, memory_format=torch.channels_last))
         return tuple(m[:len(images)].half().float() for m in maps)
 
 # %% ../nbs/17_features.ipynb #da2e09ea
