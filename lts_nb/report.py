@@ -17,6 +17,7 @@ from .experiments import FROZEN, preset_of, rows, run_name
 from .failures import BREAKDOWNS, breakdown, breakdown_bars, failures_frame, sentences_frame
 from .fetch import leak_note
 from .figures import figure4, figure5, filter_curve, load_examples, resolution_curve, save_figure, table2_bars, training_curves
+from .refer import PUBLISHED_COUNTS
 from .tables import (intervals_frame, load_results, paper_table, results_frame, seg_grid_share, table_blocks, write_csv, write_table)
 
 # %% ../nbs/24_report.ipynb #8b46f080
@@ -297,14 +298,22 @@ def _sections(DIR, preset, results, frame, frames, runs, evidence):
                     _figure_section(make_figures(results, frames, dataset)), _made_section(preset, runs, results)]
     return [(id, title, [_embed(p, DIR/'figures') for p in ps]) for id, title, ps in filter(None, [_claims_section(evidence['claims']), *sections])]
 
+# %% ../nbs/24_report.ipynb #695861a7
+def _part_notes(results):
+    "Which published splits were scored in part only: nothing said of them is said of the whole."
+    whole = {(d, s): c['sentences'] for (d, by), counts in PUBLISHED_COUNTS.items() if by != 'google' for s, c in counts.items() if 'sentences' in c}
+    scored = {(r['dataset'], s): int(m['n']) for r in results for s, m in r['metrics'].items() if m.get('n')}
+    said = [f'{d} {s} {n} of {whole[d, s]:,}' for (d, s), n in scored.items() if n != whole.get((d, s), n)]
+    return [f'Not the published splits: {", ".join(said)} sentences. No number here can be held against the paper\'s.'] if said else []
+
 # %% ../nbs/24_report.ipynb #2d6c0c92
 def _write_page(DIR, preset, results, frame, frames, runs, missing, failed, evidence):
     "Render `index.html`."
     dataset = preset_of(preset)['datasets']['refcoco']
     sections = _sections(DIR, preset, results, frame, frames, runs, evidence)
-    notes = [f'This run failed: {r} (see runs/{r}/train.ipynb).' for r in failed] + ([f'Not run yet: {", ".join(missing)}.'] if missing else [])
+    notes = _part_notes(results) + [f'This run failed: {r} (see runs/{r}/train.ipynb).' for r in failed] + ([f'Not run yet: {", ".join(missing)}.'] if missing else [])
     seeds = sorted({r['seed'] for r in results})
-    about = (f'{len(results)} runs on {", ".join(sorted({r["dataset"] for r in results})) or "nothing"}, seeds {", ".join(map(str, seeds)) or "none"}. '
+    about = (f'{len(results)} run{"s"*(len(results) != 1)} on {", ".join(sorted({r["dataset"] for r in results})) or "nothing"}, seeds {", ".join(map(str, seeds)) or "none"}. '
              + ('RefShapes stands in for RefCOCO: a verdict here is a verdict on RefShapes. ' if dataset.startswith('refshapes') else '')
              + 'The paper: Jing et al., Locate then Segment, CVPR 2021.')
     page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
