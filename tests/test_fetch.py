@@ -145,6 +145,34 @@ def test_fetch_unpacks_and_can_be_repeated(one_set, tmp_path):
     assert (tmp_path/'set'/'refs(unc).p').read_bytes() == b'r'*5000
 
 
+def test_what_stands_is_not_fetched_again(one_set, tmp_path):
+    fetch.fetch('set', tmp_path)
+    Source.asked.clear()
+    assert len(fetch.fetch('set', tmp_path)) == 2 and not Source.asked
+    (tmp_path/'set'/'instances.json').write_text('my annotations')
+    with pytest.raises(KitError, match='is kept'): fetch.fetch('set', tmp_path)
+    (tmp_path/'set'/'instances.json').unlink()
+    assert len(fetch.fetch('set', tmp_path)) == 2 and (tmp_path/'set'/'instances.json').read_text() == '{}'
+
+
+@pytest.mark.parametrize('receipt', ['', '[]', '{"files": 3}', '{"known": "x", "all": true, "files": {}}', '{"files": {"../../etc/passwd": 1}}'])
+def test_a_damaged_receipt_counts_for_nothing(one_set, tmp_path, receipt):
+    (tmp_path/'downloads').mkdir()
+    (tmp_path/'downloads'/'set.zip.json').write_text(receipt)
+    assert sorted(p.name for p in fetch.fetch('set', tmp_path)) == ['instances.json', 'refs(unc).p'] and Source.asked
+
+
+def test_two_at_once_take_turns(one_set, tmp_path, monkeypatch, capsys):
+    slow, found = fetch.fetch_file, []
+    def fetch_slowly(*args): time.sleep(.5); return slow(*args)
+    monkeypatch.setattr(fetch, 'fetch_file', fetch_slowly)
+    calls = [threading.Thread(target=lambda: found.append(len(fetch.fetch('set', tmp_path)))) for _ in range(2)]
+    for c in calls: c.start()
+    for c in calls: c.join()
+    assert found == [2, 2] and 'waiting for it' in capsys.readouterr().out
+    assert sum(how == 'set.zip' for how, _ in Source.asked) == 1, 'the second finds everything there'
+
+
 def test_another_file_in_its_place_is_kept(one_set, tmp_path):
     (tmp_path/'set').mkdir(); (tmp_path/'set'/'instances.json').write_text('my annotations')
     with pytest.raises(KitError, match='is kept'): fetch.fetch('set', tmp_path)
@@ -212,7 +240,8 @@ def test_only_the_photographs_that_are_needed(micro, at, tmp_path, monkeypatch):
     Source.bodies['train.zip'] = body
     d = fetch.Download('train.zip', at('train.zip'), 'sha256:' + hashlib.sha256(body).hexdigest(), fetch.DOWNLOADS['coco-train2014'].places, len(body), 1 << 20)
     monkeypatch.setitem(fetch.DOWNLOADS, 'coco-train2014', d)
-    assert {p.name for p in fetch.fetch('coco-train2014', tmp_path, only_needed=True)} == needed
+    for _ in range(2): assert {p.name for p in fetch.fetch('coco-train2014', tmp_path, only_needed=True)} == needed
+    assert len(Source.asked) == 1, 'once'
     assert {p.name for p in (tmp_path/'images/mscoco/images/train2014').iterdir()} == needed
     with pytest.raises(KitError, match='no data set'): fetch.fetch('coco-train2014', tmp_path/'empty', only_needed=True)
 
@@ -224,6 +253,7 @@ def test_weights_that_the_user_brings(tmp_path):
     assert to == tmp_path/'root'/'darknet'/'yolov3.weights' and to.read_bytes() == b'clean' and fetch.leak_of(to) == ''
     (tmp_path/'other.weights').write_bytes(b'other')
     with pytest.raises(KitError, match='is kept'): fetch.fetch('darknet', tmp_path/'root', path=tmp_path/'other.weights')
+    with pytest.raises(KitError, match='is kept'): fetch.fetch('darknet', tmp_path/'root')
     with pytest.raises(KitError, match='no such file'): fetch.fetch('darknet', tmp_path/'root2', path=tmp_path/'none')
 
 
