@@ -251,8 +251,9 @@ def _standing(d, root, only):
     try:
         kept = json.loads((root/'downloads'/f'{d.file}.json').read_text())
         files = {f: n for f, n in kept['files'].items() if only is None or PurePosixPath(f).name in only}
-        if kept['known'] != d.known or not (kept['all'] if only is None else kept['all'] or only <= {PurePosixPath(f).name for f in files}): return []
-        return [root/f for f, n in files.items()] if all((root/f).stat().st_size == n for f, n in files.items()) else []
+        enough = kept['all'] or only is not None and only <= {PurePosixPath(f).name for f in files}
+        if kept['known'] != d.known or not enough: return []
+        return [root/f for f in files] if all((root/f).stat().st_size == n for f, n in files.items()) else []
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return []
 
 def _remember(d, root, files, only):
