@@ -40,14 +40,14 @@ def work_of(
     return counts and _published(counts)
 
 # %% ../nbs/29_throughput.ipynb #570a26f4
-SCENES = {'cpu': 12, 'cuda': 240}  # pictures to train on; a quarter of them to score
-COCO_SIDES = 480, 640              # pixels
+SCENES = {'cuda': 240}  # pictures to train on, 12 on a processor; a quarter of them to score
+COCO_SIDES = 480, 640   # pixels
 
 def _open(config, root, folder):
     "As `train.prepare` does it, but on scenes made here and with random weights."
     run = Run(config, root, folder)
     run.acc, b = set_up(config['compute'], 0), config['backbone']
-    n, side = SCENES[run.acc.device.type], (preset_of(config['preset'])['recipe'] or {}).get('side', COCO_SIDES)
+    n, side = SCENES.get(run.acc.device.type, 12), (preset_of(config['preset'])['recipe'] or {}).get('side', COCO_SIDES)
     make_family(root, Recipe(seed=1, train=n, val=n//4, testA=1, testB=1, side=tuple(side)))
     run.refer = Refer(root, 'refshapes')
     run.vocab, net = build_vocab(run.refer), Darknet53(b['width'], tuple(b['depths']), b['neck']).eval().requires_grad_(False)

@@ -54,3 +54,11 @@ def test_cpu_and_cuda_agree():
         here = model(frozen(b['pixels']), b['tokens'], b['lengths'])
         there = model.cuda()(frozen.cuda()(b['pixels'].cuda()), b['tokens'].cuda(), b['lengths'])
     for x, y in zip(here, there): assert torch.allclose(x, y.cpu(), atol=2e-3, rtol=1e-2)
+
+
+def test_the_papers_throughput_is_measured(capsys):
+    "What `lts plan --preset paper --measure` keeps: the rates to quote, and to commit as reports/paper/throughput.json."
+    from lts_nb.throughput import measure
+    rates = measure('paper')
+    with capsys.disabled(): print('\n', {k: v for k, v in rates.items() if k != 'gflops'})
+    assert rates['gpu'] and rates['precision'] == 'bf16' and rates['train'] > 20
