@@ -89,8 +89,8 @@ def edit(change):
     (damage('result.json', b''), 'cannot be read'), (damage('result.json', b'\xff\xfe'), 'cannot be read'), (damage('result.json', b'[1]'), 'no configuration'),
     (damage('vocab.json', b'\xff'), 'vocabulary of the run cannot be read'), (damage('vocab.json', b'{}'), 'vocabulary'),
     (damage('vocab.json', b'["<pad>", "<unk>", "ball"]'), 'checkpoint cannot be read'), (damage('checkpoint.pt', b''), 'checkpoint cannot be read'),
-    (edit(lambda r: r.pop('config')), 'no configuration'), (edit(lambda r: r['config'].pop('backbone')), 'not one of this version'),
-    (edit(lambda r: r['config']['model'].update(novelty=1)), 'not one of this version'), (edit(lambda r: r['config'].update(data=3)), 'not one of this version'),
+    (edit(lambda r: r.pop('config')), 'no configuration'), (edit(lambda r: r['config'].pop('backbone')), "no model of this kit.*'backbone' is a required property"),
+    (edit(lambda r: r['config']['model'].update(novelty=1)), 'not one of this version'), (edit(lambda r: r['config'].update(data=3)), 'no model of this kit.*data: 3 is not'),
     (edit(lambda r: r['config']['model'].update(gru_dim=18)), 'checkpoint cannot be read')])
 def test_a_damaged_run_is_named(copy, do, word):
     do(copy)
