@@ -65,8 +65,9 @@ class Annotation:
     extra:dict = field(default_factory=dict)  # further keys, such as RefShapes' colour
 
 # %% ../nbs/02_refer.ipynb #f0506d69
-class _PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle._Unpickler):
     "Unpickles built-in containers and scalars; any import is refused by name."
+    dispatch = {op: do for op, do in pickle._Unpickler.dispatch.items() if op != pickle.BYTEARRAY8[0]}  # fills its length before it reads
     def __init__(self, file, path):
         super().__init__(file, encoding='utf-8', errors='replace')
         self.path = path
@@ -84,7 +85,7 @@ def load_restricted_pickle(
     except KitError: raise
     except FileNotFoundError: raise KitError('the file is missing', path) from None
     except OSError as e: raise KitError(f'the file cannot be read: {e.strerror}', path) from e
-    except Exception as e: raise KitError(f'the pickle is broken: {e}', path, 'Fetch it again') from e
+    except Exception as e: raise KitError(f'the pickle is broken ({type(e).__name__})', path, 'Fetch it again') from e
 
 # %% ../nbs/02_refer.ipynb #d5f724be
 def _field(record, key, kind, where):

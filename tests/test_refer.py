@@ -1,5 +1,5 @@
 "Hostile and broken REFER files, and the twelve images of RefCOCO where they are at hand."
-import copy, json, os, pickle, struct
+import copy, json, os, pickle, struct, subprocess, sys
 from pathlib import Path
 import numpy as np
 import PIL.Image
@@ -54,11 +54,23 @@ def test_broken_or_hostile_bytes_are_a_sentence(tmp_path, raw):
 @given(st.data())
 def test_damaged_pickles_never_escape(tmp_path_factory, data):
     raw = bytearray(pickle.dumps(REFS, 2))
-    for _ in range(data.draw(st.integers(1, 4))): raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(65, 122).filter(lambda b: b not in b'rjp'))
+    for _ in range(data.draw(st.integers(1, 4))): raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     p = tmp_path_factory.getbasetemp()/'damaged.p'
     p.write_bytes(raw)
     try: load_restricted_pickle(p)
     except KitError: pass
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads the process\'s memory as Linux tells it')
+@pytest.mark.parametrize('raw', [b'(lp%d\n.' % 10**8, b']r' + struct.pack('<I', 10**8) + b'.', b'\x8e' + struct.pack('<Q', 2**34) + b'.',
+    b'\x96' + struct.pack('<Q', 2**34) + b'.', b'\x95' + struct.pack('<Q', 2**34) + b'.', b'\x8b' + struct.pack('<I', 2**31 - 1) + b'.'],
+    ids=['put', 'long_binput', 'binbytes8', 'bytearray8', 'frame', 'long4'])
+def test_a_few_bytes_cannot_ask_for_gigabytes(tmp_path, raw):
+    "The compiled unpickler keeps its memo as an array: `p100000000` alone takes 1.6 GB there."
+    (tmp_path/'refs.p').write_bytes(raw)
+    code = ('import resource, sys\nfrom lts_nb.refer import KitError, load_restricted_pickle\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
+            'try: load_restricted_pickle(sys.argv[1])\nexcept KitError: pass\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)')
+    done = subprocess.run([sys.executable, '-c', code, tmp_path/'refs.p'], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and int(done.stdout) < 50_000, (done.stdout, done.stderr)  # KiB
 
 def test_python_2_strings(tmp_path):
     p = tmp_path/'a.p'
