@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
-from .errors import KitError, atomic_path
+from .errors import KitError, atomic_path, check_unpacked
 
 # %% ../nbs/15_fit.ipynb #f0a25761
 def learning_rate(
@@ -51,6 +51,7 @@ def load_checkpoint(
 )->dict:     # progress; None where the file belongs to another configuration
     "Read a checkpoint as data, never as code. KitError where the file is damaged."
     try:
+        check_unpacked(path, Path(path).stat().st_size)
         state = torch.load(path, map_location='cpu', weights_only=True)
         if state['config'] != config_hash(config): return None
         if model is not None: model.load_state_dict(state['model'])
@@ -59,6 +60,7 @@ def load_checkpoint(
             torch.set_rng_state(state['rng'])
             if state['cuda_rng'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda_rng'])
         return state['progress']
+    except KitError: raise
     except Exception as e:  # what a damaged file makes of torch's reader cannot be listed: IndexError and AttributeError were met
         raise KitError('the checkpoint cannot be read', path, 'Delete it; the same command then starts that run again') from e
 

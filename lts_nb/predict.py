@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 from matplotlib import colormaps
 from PIL import Image as PILImage
 from .dataset import Samples
-from .errors import KitError, atomic_path, disk_error
+from .errors import KitError, atomic_path, check_unpacked, disk_error
 from .features import LiveFeatures
 from .letterbox import letterbox_geometry, letterbox_image, undo_letterbox
 from .metrics import encode_rle, write_predictions
@@ -57,7 +57,10 @@ def _result(folder):
 # %% ../nbs/26_predict.ipynb #2a67e8aa
 def _load_weights(model, path):
     "Fill a model from a checkpoint, read as data."
-    try: model.load_state_dict(torch.load(path, map_location='cpu', weights_only=True)['model'])
+    try:
+        check_unpacked(path, Path(path).stat().st_size)
+        model.load_state_dict(torch.load(path, map_location='cpu', weights_only=True)['model'])
+    except KitError: raise
     except FileNotFoundError as e: raise KitError('the checkpoint of the run is not there', path, "Delete the run's folder and run lts reproduce again") from e
     except Exception as e:  # what a damaged file makes of torch's reader cannot be listed
         raise KitError('the checkpoint cannot be read', path, "Delete the run's folder and run lts reproduce again") from e

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from scipy import stats
 from jsonschema import Draft202012Validator
-from .errors import KitError, atomic_path, write_text
+from .errors import KitError, atomic_path, check_unpacked, write_text
 from .paper import dataset_titles, methods, published
 
 # %% ../nbs/20_tables.ipynb #71712da4
@@ -135,8 +135,10 @@ def load_samples(
     "The scores of every sentence of a run. KitError where they cannot be read."
     path = result['folder']/f'samples-{split}.npz'
     try:
+        check_unpacked(path, 2**30)
         with np.load(path, allow_pickle=False) as z: out = {k: z[k] for k in z}
         return {k: out[k] for k in ('image_id', 'intersection', 'union', 'hit')} | out
+    except KitError: raise
     except Exception as e:
         raise KitError(f'the samples cannot be read: {e}', path, f'Remove the folder {path.parent} and run lts reproduce again') from e
 

@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save
 
-from lts_nb import fetch, fit, metrics, predict, pretrain, refer, report, tables, text
+from lts_nb import fetch, figures, fit, metrics, predict, pretrain, refer, report, tables, text
 from lts_nb.darknet import Darknet53, load_darknet_weights
 from lts_nb.errors import KitError
 from lts_nb.experiments import run_config
@@ -342,3 +342,25 @@ def test_brackets_without_end(home, strangers_run, deep):
 
 def test_a_pickle_nested_without_end(home):
     with pytest.raises(KitError): read_set(home, b'\x80\x02' + b']'*100_000 + b'a'*99_999 + b'.', json.dumps(INSTANCES))
+
+
+def packed_again(path):
+    "The same archive, deflated: as a bomb is packed."
+    with zipfile.ZipFile(path) as z: content = {i.filename: z.read(i) for i in z.infolist()}
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z:
+        for name, b in content.items(): z.writestr(name, b)
+
+
+def test_archives_that_unpack_without_end(tmp_path):
+    "A megabyte that would take a gigabyte, in a stranger's checkpoint and in a stranger's scores; each is refused before it is read."
+    torch.save(dict(model=torch.zeros(1 << 24), config='x'), tmp_path/'checkpoint.pt')
+    packed_again(tmp_path/'checkpoint.pt')
+    with pytest.raises(KitError, match='would unpack'): fit.load_checkpoint(tmp_path/'checkpoint.pt', 'config')
+    with pytest.raises(KitError, match='would unpack'): predict._load_weights(torch.nn.Linear(2, 2), tmp_path/'checkpoint.pt')
+    with zipfile.ZipFile(tmp_path/'samples-val.npz', 'w', zipfile.ZIP_DEFLATED) as z:
+        with z.open('hit.npy', 'w') as f:
+            for _ in range(17): f.write(bytes(1 << 26))
+    (tmp_path/'samples-val.npz').rename(tmp_path/'worst.npz')
+    with pytest.raises(KitError, match='would unpack'): figures.load_examples(tmp_path, 'worst')
+    (tmp_path/'worst.npz').rename(tmp_path/'samples-val.npz')
+    with pytest.raises(KitError, match='would unpack'): tables.load_samples(dict(folder=tmp_path), 'val')
