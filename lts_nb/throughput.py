@@ -9,6 +9,7 @@ __all__ = ['SCENES', 'COCO_SIDES', 'work_of', 'measure', 'estimate', 'keep_rates
 import copy, json, tempfile, time
 from pathlib import Path
 import torch
+from jsonschema import Draft202012Validator
 from .darknet import Darknet53, split_backbone
 from .errors import KitError, write_text
 from .experiments import EXPERIMENTS, preset_of, run_config, runs_for
@@ -149,12 +150,20 @@ def keep_rates(
     "Write a measurement where `lts plan` finds it."
     write_text(Path(out)/'throughput.json', json.dumps(rates, indent=1, sort_keys=True) + '\n')
 
+_positive, _text = {'type': 'number', 'exclusiveMinimum': 0, 'maximum': 1e12}, {'type': 'string'}
+_pair = {'type': 'array', 'minItems': 2, 'maxItems': 2, 'items': _positive}
+_RATES = dict(type='object', required=['train', 'score', 'feature_s', 'image_mb', 'gflops', 'gpu', 'device'], properties=dict(
+    train=_positive, score=_positive, feature_s=_positive, image_mb=_positive, gpu={'type': 'boolean'}, device=_text, precision=_text,
+    gflops=dict(type='object', required=['lts'], additionalProperties=_pair)))
+
 def known_rates(
     *folders, # the report's folder first
 )->dict:      # None where there is none
     "The first measurement in some folders. KitError where it cannot be read."
     for f in (Path(f)/'throughput.json' for f in folders):
         if not f.exists(): continue
-        try: rates = json.loads(f.read_text()); {k: rates[k] + 0. for k in ('train', 'score', 'feature_s', 'image_mb')}, dict(rates['gflops']), rates['gpu']
-        except (OSError, ValueError, KeyError, TypeError) as e: raise KitError('the measurement cannot be read', f, 'Measure again: lts plan --measure') from e
+        try: rates = json.loads(f.read_text(), parse_constant=lambda nan: None)
+        except (OSError, ValueError, RecursionError) as e: raise KitError('the measurement cannot be read', f, 'Measure again: lts plan --measure') from e
+        wrong = next(Draft202012Validator(_RATES).iter_errors(rates), None)
+        if wrong: raise KitError(f'the measurement is not one of ours: {wrong.json_path}: {wrong.message[:200]}', f, 'Measure again: lts plan --measure')
         return rates

@@ -49,7 +49,8 @@ def test_runs_that_took_time_here_come_first(tmp_path):
     assert seconds[run['run']] == 77 and all(s > 77 for r, s in seconds.items() if r != run['run'])
 
 
-@pytest.mark.parametrize('content', ['{}', 'x', '[1]', '{"train": "a"}', json.dumps(dict(RATES, gflops=3))])
+@pytest.mark.parametrize('content', ['{}', 'x', '[1]', '{"train": "a"}', '['*100_000, json.dumps(dict(RATES, gflops=3)), json.dumps(dict(RATES, train=0)),
+    json.dumps(dict(RATES, feature_s=float('nan'))), json.dumps(dict(RATES, gflops={})), json.dumps(dict(RATES, gflops=dict(lts=['a', 'b']))), json.dumps(dict(RATES, device=[1]))], ids=lambda c: c[:12])
 def test_a_damaged_measurement_is_a_sentence(tmp_path, content):
     (tmp_path/'throughput.json').write_text(content)
     said = plan('paper', '--table', 4, '--out', tmp_path)
