@@ -25,7 +25,7 @@ BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', '
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp('docs')/'site'
-    built = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict', '-q', '-d', folder], cwd=ROOT, capture_output=True, text=True)
+    built = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict', '-d', folder], cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     return folder
 
