@@ -12,9 +12,9 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, seaborn as sns
-from .errors import KitError, atomic_path, check_unpacked
+from .errors import KitError, atomic_path
 from .experiments import ABLATION
-from .tables import results_frame
+from .tables import load_arrays, results_frame
 
 # %% ../nbs/21_figures.ipynb #6aec3d84
 def load_examples(
@@ -25,11 +25,10 @@ def load_examples(
     path = Path(folder)/f'{name}.npz'
     if not path.exists(): return []
     try:
-        check_unpacked(path, 2**30)
-        with np.load(path, allow_pickle=False) as z:
-            return [dict(sent_id=int(z['sent_id'][i]), expression=str(z['expression'][i]), image=z[f'image_{i}'],
-                         prior=z[f'prior_{i}'].astype(float) if f'prior_{i}' in z else None,
-                         prediction=z[f'prediction_{i}'], truth=z[f'truth_{i}']) for i in range(len(z['sent_id']))]
+        z = load_arrays(path)
+        return [dict(sent_id=int(z['sent_id'][i]), expression=str(z['expression'][i]), image=z[f'image_{i}'],
+                     prior=z[f'prior_{i}'].astype(float) if f'prior_{i}' in z else None,
+                     prediction=z[f'prediction_{i}'], truth=z[f'truth_{i}']) for i in range(len(z['sent_id']))]
     except KitError: raise
     except Exception as e:
         raise KitError(f'the examples cannot be read: {e}', path, f'Remove the folder {path.parent} and run lts reproduce again') from e

@@ -11,12 +11,12 @@ import json, struct, tempfile
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, torch
-from jsonschema import Draft202012Validator
 from matplotlib import colormaps
 from PIL import Image as PILImage
 from .dataset import Samples
-from .errors import KitError, atomic_path, check_unpacked, disk_error
+from .errors import KitError, atomic_path, check_schema, disk_error
 from .features import LiveFeatures
+from .fit import read_checkpoint
 from .letterbox import letterbox_geometry, letterbox_image, undo_letterbox
 from .metrics import encode_rle, write_predictions
 from .refer import Refer, decode_rle, read_image
@@ -50,16 +50,13 @@ def _result(folder):
     try: result = json.loads(_text(path, 'the result of the run', mend))
     except (ValueError, RecursionError) as e: raise KitError('the result of the run cannot be read', path, mend) from e
     if not isinstance(result, dict) or not isinstance(result.get('config'), dict): raise KitError('the result of the run has no configuration', path, mend)
-    if wrong := next(Draft202012Validator(CONFIG).iter_errors(result['config']), None):
-        raise KitError(f'no model of this kit has such a configuration: {wrong.json_path}: {wrong.message[:200]}', path, mend)
+    check_schema(result['config'], CONFIG, 'no model of this kit has such a configuration', path, mend)
     return result
 
 # %% ../nbs/26_predict.ipynb #2a67e8aa
 def _load_weights(model, path):
     "Fill a model from a checkpoint, read as data."
-    try:
-        check_unpacked(path, Path(path).stat().st_size)
-        model.load_state_dict(torch.load(path, map_location='cpu', weights_only=True)['model'])
+    try: model.load_state_dict(read_checkpoint(path)['model'])
     except KitError: raise
     except FileNotFoundError as e: raise KitError('the checkpoint of the run is not there', path, "Delete the run's folder and run lts reproduce again") from e
     except Exception as e:  # what a damaged file makes of torch's reader cannot be listed

@@ -9,9 +9,8 @@ __all__ = ['SCENES', 'COCO_SIDES', 'work_of', 'measure', 'estimate', 'keep_rates
 import copy, json, tempfile, time
 from pathlib import Path
 import torch
-from jsonschema import Draft202012Validator
 from .darknet import Darknet53, split_backbone
-from .errors import KitError, write_text
+from .errors import KitError, check_schema, write_text
 from .experiments import EXPERIMENTS, preset_of, run_config, runs_for
 from .features import LiveFeatures, build_features, cache_bytes
 from .lts import count_flops, model_summary
@@ -164,6 +163,5 @@ def known_rates(
         if not f.exists(): continue
         try: rates = json.loads(f.read_text(), parse_constant=lambda nan: None)
         except (OSError, ValueError, RecursionError) as e: raise KitError('the measurement cannot be read', f, 'Measure again: lts plan --measure') from e
-        wrong = next(Draft202012Validator(_RATES).iter_errors(rates), None)
-        if wrong: raise KitError(f'the measurement is not one of ours: {wrong.json_path}: {wrong.message[:200]}', f, 'Measure again: lts plan --measure')
+        check_schema(rates, _RATES, 'the measurement is not one of ours', f, 'Measure again: lts plan --measure')
         return rates
