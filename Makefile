@@ -5,7 +5,7 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 SECONDS_A_NOTEBOOK ?= 300
 ARGS ?=
 BIN := .venv/bin
-LESSONS := $(sort $(wildcard nbs/*.ipynb)) $(sort $(wildcard nbs/tutorials/*.ipynb))
+LESSONS = $(shell $(BIN)/python tools/parts.py)
 
 .PHONY: help setup reproduce test test-kill test-fuzz check lessons pytest export readme docs clean
 .DEFAULT_GOAL := help
@@ -39,8 +39,8 @@ check: setup ## does what is generated (lts_nb/, README.md) agree with the noteb
 lessons: setup ## run every notebook's cells, one thread each, with a time limit
 	@mkdir -p build
 	@printf '%s\n' $(LESSONS) | OMP_NUM_THREADS=1 MPLBACKEND=agg xargs -P $(CORES) -I{} bash -c \
-	  'timeout $(SECONDS_A_NOTEBOOK) $(BIN)/nbdev_test --path {} --n_workers 0 --timing > build/$$(basename {}).log 2>&1 && echo "ok {}" \
-	   || { status=$$?; cat build/$$(basename {}).log; test $$status = 124 && echo "{}: stopped after $(SECONDS_A_NOTEBOOK) s"; echo "FAILED {}"; exit 1; }'
+	  'log=build/$$(echo {} | tr / -).log; timeout $(SECONDS_A_NOTEBOOK) $(BIN)/nbdev_test --path {} --n_workers 0 --timing > "$$log" 2>&1 && echo "ok {}" \
+	   || { status=$$?; cat "$$log"; test $$status = 124 && echo "{}: stopped after $(SECONDS_A_NOTEBOOK) s"; echo "FAILED {}"; exit 1; }'
 
 pytest: setup
 	$(BIN)/pytest --ignore tests/test_clean.py

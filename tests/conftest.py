@@ -18,7 +18,7 @@ def micro():
 @pytest.fixture(scope='session')
 def tiny_family(tmp_path_factory):
     "Root of a RefShapes family of a dozen images; read it, never write to it."
-    from lts_nb.shapes import Recipe, make_family
+    from lts_nb.data.shapes import Recipe, make_family
     root = tmp_path_factory.mktemp('tiny_family')
     make_family(root, Recipe(seed=0, train=5, val=3, testA=3, testB=3))
     return root

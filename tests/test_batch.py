@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from lts_nb import batch
+from lts_nb.manual import batch
 
 TABLE, RUNS = '4', 9
 VICTIM = 'lts-trans-refshapes-smoke-s0'
 
 
-def command(out, root, cores=2): return [sys.executable, '-c', 'from lts_nb.cli import main; main()', 'reproduce', '--preset', 'smoke', '--table', TABLE,
+def command(out, root, cores=2): return [sys.executable, '-c', 'from lts_nb.manual.cli import main; main()', 'reproduce', '--preset', 'smoke', '--table', TABLE,
                                          '--cores', str(cores), '--out', str(out), '--root', str(root)]
 
 
@@ -70,7 +70,7 @@ def test_second_time_does_nothing(made):
 
 
 def test_changed_row_is_rerun_alone(made, monkeypatch):
-    from lts_nb import experiments
+    from lts_nb.evidence import experiments
     monkeypatch.setitem(experiments.EXPERIMENTS, 'lts-trans', {'model': {'locate': 'transformer', 'heads': 2}})
     plan = batch.make_plan('smoke', [TABLE], 1, made.out, made.root)
     other = made.base/'changed'

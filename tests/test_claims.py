@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lts_nb import claims, failures
-from lts_nb.experiments import run_config, runs_for
-from lts_nb.paper import published
-from lts_nb.tables import bootstrap_interval, image_totals, load_results, metrics_of
+from lts_nb.evidence import claims, failures
+from lts_nb.evidence.experiments import run_config, runs_for
+from lts_nb.evidence.paper import published
+from lts_nb.evidence.tables import bootstrap_interval, image_totals, load_results, metrics_of
 from test_tables import fake_run
 
 
@@ -107,7 +107,7 @@ def test_only_shared_seeds_are_compared(frames, tmp_path):
 
 
 def test_kinds_of_genuine_expressions(micro):
-    from lts_nb.refer import Refer
+    from lts_nb.data.refer import Refer
     kinds = pd.Series([failures.expression_kind(s.sent) for _, s in Refer(micro, 'refcoco').sentences_of('val')]).value_counts()
     assert kinds.sum() == 45 and kinds.get('place', 0) > 10, kinds
 

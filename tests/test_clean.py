@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from parts import notebooks
 from readme import readme
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-NOTEBOOKS = sorted(p for folder in ('nbs', 'nbs/runs', 'nbs/tutorials') for p in (ROOT/folder).glob('*.ipynb'))
+NOTEBOOKS = notebooks()
 
 
 def name(path): return str(path.relative_to(ROOT))
@@ -28,7 +29,7 @@ def copy(tmp_path_factory):
 
 
 def test_the_modules_are_what_the_notebooks_export(copy):
-    ours, fresh = ({p.name: p.read_text() for p in (root/'lts_nb').glob('*.py')} for root in (ROOT, copy))
+    ours, fresh = ({str(p.relative_to(root)): p.read_text() for p in (root/'lts_nb').rglob('*.py')} for root in (ROOT, copy))
     assert sorted(ours) == sorted(fresh), 'a module without its notebook, or a notebook without its module: make export'
     assert [m for m in ours if ours[m] != fresh[m]] == [], 'these modules differ from their notebooks: make export'
 
@@ -87,7 +88,7 @@ def undocumented(path):
             if a.arg != 'self' and '#' not in lines[a.lineno - 1] and 'help=' not in ast.unparse(a) and path.stem != 'cli': yield f'{n.name}({a.arg})'
 
 
-@pytest.mark.parametrize('path', sorted(p for p in (ROOT/'lts_nb').glob('*.py') if not p.name.startswith('_')), ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', sorted(p for p in (ROOT/'lts_nb').rglob('*.py') if not p.name.startswith('_')), ids=lambda p: p.stem)
 def test_every_exported_name_is_documented(path):
     assert list(undocumented(path)) == []
 

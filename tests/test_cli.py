@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lts_nb import cli
-from lts_nb.experiments import module_hashes, run_config
-from lts_nb.metrics import write_predictions
-from lts_nb.refer import Refer
-from lts_nb.train import ensure_backbone, ensure_data, prepare, score_run, train_model, write_result
+from lts_nb.manual import cli
+from lts_nb.evidence.experiments import module_hashes, run_config
+from lts_nb.training.metrics import write_predictions
+from lts_nb.data.refer import Refer
+from lts_nb.training.run import ensure_backbone, ensure_data, prepare, score_run, train_model, write_result
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def trained(tmp_path_factory):
     ensure_backbone(config, out/'data', out)
     run = prepare(config, out/'data', out)
     history = train_model(run.model, run.samples('train'), run.source, config, run.acc, run.checkpoint)
-    result = write_result(run, history, score_run(run), module_hashes('train'))
+    result = write_result(run, history, score_run(run), module_hashes('training.run'))
     refer = Refer(out/'data', 'refshapes')
     return SimpleNamespace(folder=run.folder, root=out/'data', out=out, result=result, refer=refer, image=refer.image_path(1))
 

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import PIL.Image
 import pytest
 
-from lts_nb import batch, cli
+from lts_nb.manual import batch, cli
 from lts_nb.errors import KitError
-from lts_nb.metrics import write_predictions
-from lts_nb.refer import Refer, write_refer
+from lts_nb.training.metrics import write_predictions
+from lts_nb.data.refer import Refer, write_refer
 
 REFS = [dict(ref_id=k, ann_id=k, image_id=k, category_id=1, split=split, sentences=[dict(sent_id=10*k, sent='left square', raw='left square', tokens=['left', 'square'])])
         for k, split in ((1, 'train'), (2, 'val'))]

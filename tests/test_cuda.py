@@ -5,10 +5,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from lts_nb.darknet import Darknet53, split_backbone
-from lts_nb.fit import fit
-from lts_nb.losses import lts_loss
-from lts_nb.lts import LTS, LTSConfig
+from lts_nb.model.darknet import Darknet53, split_backbone
+from lts_nb.training.fit import fit
+from lts_nb.model.losses import lts_loss
+from lts_nb.model.lts import LTS, LTSConfig
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
 
@@ -58,7 +58,7 @@ def test_cpu_and_cuda_agree():
 
 def test_the_papers_throughput_is_measured(capsys):
     "What `lts plan --preset paper --measure` keeps: the rates to quote, and to commit as reports/paper/throughput.json."
-    from lts_nb.throughput import measure
+    from lts_nb.manual.throughput import measure
     rates = measure('paper')
     with capsys.disabled(): print('\n', {k: v for k, v in rates.items() if k != 'gflops'})
     assert rates['gpu'] and rates['precision'] == 'bf16' and rates['train'] > 20

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from lts_nb.darknet import (YOLOV3_FLOATS, Darknet53, _blocks, _tensors, darknet_floats, load_darknet_weights, read_darknet_header,
+from lts_nb.model.darknet import (YOLOV3_FLOATS, Darknet53, _blocks, _tensors, darknet_floats, load_darknet_weights, read_darknet_header,
                             save_darknet_weights, split_backbone)
 from lts_nb.errors import KitError
 

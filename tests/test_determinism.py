@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from lts_nb.experiments import run_config
-from lts_nb.train import ensure_backbone, ensure_data, prepare, score_run, train_model
+from lts_nb.evidence.experiments import run_config
+from lts_nb.training.run import ensure_backbone, ensure_data, prepare, score_run, train_model
 
 
 @pytest.fixture(scope='module')

@@ -17,8 +17,10 @@ import pytest
 import websocket  # comes with JupyterLab
 from bs4 import BeautifulSoup
 
+from parts import notebooks
+
 ROOT = Path(__file__).parent.parent
-LESSONS = sorted(p.relative_to(ROOT/'nbs') for folder in ('nbs', 'nbs/tutorials', 'nbs/runs') for p in (ROOT/folder).glob('*.ipynb'))
+LESSONS = [p.relative_to(ROOT/'nbs') for p in notebooks()]
 BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
 
 
@@ -36,15 +38,15 @@ def pages(site): return {p.relative_to(site): BeautifulSoup(p.read_text(), 'html
 
 def test_every_notebook_and_module_has_its_page(pages):
     assert {p.with_suffix('.html') for p in LESSONS} <= set(pages)
-    assert {Path('api')/f'{p.stem}.html' for p in (ROOT/'lts_nb').glob('*.py') if not p.name.startswith('_')} <= set(pages)
+    assert {Path('api')/p.relative_to(ROOT/'lts_nb').with_suffix('.html') for p in (ROOT/'lts_nb').rglob('*.py') if not p.name.startswith('_')} <= set(pages)
 
 
 def test_every_exported_function_is_on_its_api_page(pages):
-    source = (ROOT/'lts_nb'/'refer.py').read_text()
+    source = (ROOT/'lts_nb'/'data'/'refer.py').read_text()
     defined = set(re.findall(r"'(\w+)'", re.search(r'__all__ = \[(.*?)\]', source, re.S)[1])) & set(re.findall(r'^(?:def|class) (\w+)', source, re.M))
-    titles = {h.get_text().strip('¶ ') for h in pages[Path('api/refer.html')]('h3')}
+    titles = {h.get_text().strip('¶ ') for h in pages[Path('api/data/refer.html')]('h3')}
     assert defined <= titles and len(defined) > 10
-    assert 'a name in `SPLIT_FILES`' in pages[Path('api/refer.html')].get_text(), 'a docment'
+    assert 'a name in `SPLIT_FILES`' in pages[Path('api/data/refer.html')].get_text(), 'a docment'
 
 
 def test_nothing_is_fetched_from_elsewhere(pages):
@@ -125,9 +127,9 @@ def ask(tmp_path_factory):
 
 def test_the_search_finds(address, ask):
     found = ask(f'{address}/index.html?q=kernel', "[...document.querySelectorAll('a.md-search-result__link')].map(a => a.pathname)")
-    assert '/10_locate.html' in (found or []), 'the lesson about the kernel'
+    assert '/model/04_locate.html' in (found or []), 'the lesson about the kernel'
 
 
 def test_formulas_are_drawn(site, ask):
-    sizes = ask((site/'10_locate.html').as_uri(), "document.readyState == 'complete' && [...document.querySelectorAll('math')].map(m => m.getBoundingClientRect().width)")
+    sizes = ask((site/'model'/'04_locate.html').as_uri(), "document.readyState == 'complete' && [...document.querySelectorAll('math')].map(m => m.getBoundingClientRect().width)")
     assert len(sizes) > 10 and min(sizes) > 3, 'from a folder, without a server'

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from lts_nb import fetch
+from lts_nb.data import fetch
 from lts_nb.errors import KitError
 
 CONTENT = os.urandom(300_000)
@@ -258,7 +258,7 @@ def test_weights_that_the_user_brings(tmp_path):
 
 
 def test_the_ids_that_a_backbone_must_not_have_seen(micro, tmp_path):
-    from lts_nb.refer import Refer
+    from lts_nb.data.refer import Refer
     refer = Refer(micro, 'refcoco')
     ids = fetch.excluded_images([refer])
     assert set(ids) == {r.image_id for r in refer.refs.values() if r.split != 'train'} and ids
@@ -271,7 +271,7 @@ def test_the_ids_that_a_backbone_must_not_have_seen(micro, tmp_path):
 
 def test_the_command(one_set, tmp_path, monkeypatch):
     from typer.testing import CliRunner
-    from lts_nb.cli import app
+    from lts_nb.manual.cli import app
     said = CliRunner().invoke(app, ['data', 'fetch', 'set', '--root', str(tmp_path)])
     assert said.exit_code == 0 and said.output == f'set: 2 files in {tmp_path/"set"}\n'
     assert isinstance(CliRunner().invoke(app, ['data', 'fetch', 'sett', '--root', str(tmp_path)]).exception, KitError)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from lts_nb import features
-from lts_nb.darknet import Darknet53, split_backbone
+from lts_nb.training import features
+from lts_nb.model.darknet import Darknet53, split_backbone
 from lts_nb.errors import KitError, atomic_path
-from lts_nb.features import LiveFeatures, build_features
-from lts_nb.fit import fit, load_checkpoint
-from lts_nb.refer import Refer
+from lts_nb.training.features import LiveFeatures, build_features
+from lts_nb.training.fit import fit, load_checkpoint
+from lts_nb.data.refer import Refer
 
 
 def train(path, bad_at=None, config='a'):
@@ -50,7 +50,7 @@ def test_another_configuration_is_set_aside_not_overwritten(tmp_path):
 
 def test_checkpoints_come_by_the_clock_also_when_epochs_are_short(tmp_path, monkeypatch):
     now, seen = [0.], []
-    monkeypatch.setattr('lts_nb.fit.time.monotonic', lambda: now[0])
+    monkeypatch.setattr('lts_nb.training.fit.time.monotonic', lambda: now[0])
     net = nn.Linear(4, 1)
     def loss_of(b):
         now[0] += 10

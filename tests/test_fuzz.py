@@ -19,11 +19,14 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save
 
-from lts_nb import fetch, figures, fit, metrics, predict, pretrain, refer, report, tables, text
-from lts_nb.darknet import Darknet53, load_darknet_weights
+from lts_nb.data import fetch, refer, text
+from lts_nb.evidence import figures, report, tables
+from lts_nb.training import fit, metrics, pretrain
+from lts_nb.manual import predict
+from lts_nb.model.darknet import Darknet53, load_darknet_weights
 from lts_nb.errors import KitError
-from lts_nb.experiments import run_config
-from lts_nb.train import build_model, shared_backbone
+from lts_nb.evidence.experiments import run_config
+from lts_nb.training.run import build_model, shared_backbone
 
 EXAMPLES = 1200*int(os.environ.get('FUZZ', 1))
 MEMORY = 3 << 30  # bytes that a reading may take beyond what the process has

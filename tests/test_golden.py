@@ -29,15 +29,15 @@ def digest(arrays):
 
 def machine():
     "What decides in which order additions happen."
-    from lts_nb.train import environment
+    from lts_nb.training.run import environment
     cpu = environment()['hardware']['cpu']
     return dict(cpu=cpu, vector=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__.split('+')[0])
 
 
 def smoke_lts(folder):
     "Pretrain, train and score the smoke preset's LTS; what came out, and on what machine."
-    from lts_nb.experiments import run_config
-    from lts_nb.train import ensure_backbone, ensure_data, prepare, score_run, train_model
+    from lts_nb.evidence.experiments import run_config
+    from lts_nb.training.run import ensure_backbone, ensure_data, prepare, score_run, train_model
     config = run_config('lts', 'refshapes', 'smoke')
     root, out = folder/'data', folder/'out'
     ensure_data(config, root)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from lts_nb.errors import KitError
-from lts_nb.letterbox import letterbox_geometry, letterbox_image, letterbox_mask, predict_mask, undo_letterbox
+from lts_nb.data.letterbox import letterbox_geometry, letterbox_image, letterbox_mask, predict_mask, undo_letterbox
 
 sides = st.integers(1, 300)
 

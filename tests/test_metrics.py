@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from lts_nb.errors import KitError
-from lts_nb.letterbox import letterbox_geometry
-from lts_nb.metrics import ceiling, encode_rle, intersection_union, pointing_hit, read_predictions, score_predictions, summarise, write_predictions
-from lts_nb.refer import Refer, decode_rle, write_refer
+from lts_nb.data.letterbox import letterbox_geometry
+from lts_nb.training.metrics import ceiling, encode_rle, intersection_union, pointing_hit, read_predictions, score_predictions, summarise, write_predictions
+from lts_nb.data.refer import Refer, decode_rle, write_refer
 
 MICRO = Path(os.environ.get('LTS_MICRO', Path(__file__).parents[2]/'shared'/'refcoco_micro'))
 needs_micro = pytest.mark.skipif(not MICRO.is_dir(), reason=f'the twelve images of RefCOCO are not at {MICRO}')

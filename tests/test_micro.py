@@ -2,15 +2,15 @@
 import torch
 from torch import nn
 
-from lts_nb.darknet import Darknet53
-from lts_nb.dataset import Samples
-from lts_nb.features import LiveFeatures
-from lts_nb.fit import fit
-from lts_nb.losses import lts_loss
-from lts_nb.lts import LTS, LTSConfig
-from lts_nb.refer import Refer
-from lts_nb.text import build_vocab, tokenize
-from lts_nb.train import evaluate, split_metrics
+from lts_nb.model.darknet import Darknet53
+from lts_nb.data.dataset import Samples
+from lts_nb.training.features import LiveFeatures
+from lts_nb.training.fit import fit
+from lts_nb.model.losses import lts_loss
+from lts_nb.model.lts import LTS, LTSConfig
+from lts_nb.data.refer import Refer
+from lts_nb.data.text import build_vocab, tokenize
+from lts_nb.training.run import evaluate, split_metrics
 
 SIZE, EPOCHS = 160, 60
 

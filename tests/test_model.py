@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from lts_nb.darknet import Darknet53, split_backbone
+from lts_nb.model.darknet import Darknet53, split_backbone
 from lts_nb.errors import KitError
-from lts_nb.losses import downsample_mask, lts_loss
-from lts_nb.lts import LTS, LTSConfig, LTSOutput, model_summary
+from lts_nb.model.losses import downsample_mask, lts_loss
+from lts_nb.model.lts import LTS, LTSConfig, LTSOutput, model_summary
 
 TINY = LTSConfig(emb_dim=12, gru_dim=8, d_m1=16, d_half=8, aspp_width=8, aspp_rates=(1, 2, 3), heads=2, ffn=16, max_len=6)
 LENGTHS = torch.tensor([6, 3, 1, 2])

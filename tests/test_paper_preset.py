@@ -11,13 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lts_nb import batch
-from lts_nb.cli import app
-from lts_nb.darknet import Darknet53, darknet_floats, save_darknet_weights
-from lts_nb.experiments import module_hashes, run_config
-from lts_nb.refer import Refer
-from lts_nb.text import build_vocab, tokenize
-from lts_nb.train import ensure_backbone, ensure_data, prepare, score_run, train_model, write_result
+from lts_nb.manual import batch
+from lts_nb.manual.cli import app
+from lts_nb.model.darknet import Darknet53, darknet_floats, save_darknet_weights
+from lts_nb.evidence.experiments import module_hashes, run_config
+from lts_nb.data.refer import Refer
+from lts_nb.data.text import build_vocab, tokenize
+from lts_nb.training.run import ensure_backbone, ensure_data, prepare, score_run, train_model, write_result
 
 lts = lambda *args: CliRunner().invoke(app, [str(a) for a in args])
 
@@ -69,7 +69,7 @@ def made(micro, tmp_path_factory):
     ensure_data(config, root), ensure_backbone(config, root, out)
     run = prepare(config, root, out)
     history = train_model(run.model, run.samples('train'), run.source, config, run.acc, run.checkpoint)
-    result = write_result(run, history, score_run(run), module_hashes('train'))
+    result = write_result(run, history, score_run(run), module_hashes('training.run'))
     (out/'plan.json').write_text(json.dumps(plan := batch.make_plan('paper', ['2'], 1, out, root)))
     batch.make_report(out, plan)
     return SimpleNamespace(root=root, out=out, run=run, config=config, result=result, words=words)

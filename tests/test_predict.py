@@ -10,11 +10,11 @@ import torch
 from PIL import ImageOps
 
 from lts_nb.errors import KitError
-from lts_nb.experiments import module_hashes, run_config
-from lts_nb.metrics import score_predictions
-from lts_nb.predict import evaluate_run, load_run, overlay, predict, predict_file, read_picture, reading_notes
-from lts_nb.refer import Refer, decode_rle
-from lts_nb.train import ensure_backbone, ensure_data, prepare, score_run, train_model, write_result
+from lts_nb.evidence.experiments import module_hashes, run_config
+from lts_nb.training.metrics import score_predictions
+from lts_nb.manual.predict import evaluate_run, load_run, overlay, predict, predict_file, read_picture, reading_notes
+from lts_nb.data.refer import Refer, decode_rle
+from lts_nb.training.run import ensure_backbone, ensure_data, prepare, score_run, train_model, write_result
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +27,7 @@ def made(tmp_path_factory):
         ensure_backbone(config, out/'data', out)
         run = prepare(config, out/'data', out)
         history = train_model(run.model, run.samples('train'), run.source, config, run.acc, run.checkpoint)
-        write_result(run, history, score_run(run), module_hashes('train'))
+        write_result(run, history, score_run(run), module_hashes('training.run'))
         folders[experiment] = run.folder
     refer = Refer(out/'data', 'refshapes')
     return SimpleNamespace(out=out, root=out/'data', lts=folders['lts'], plain=folders['fusion-seg'], refer=refer,
@@ -188,7 +188,7 @@ def test_places_that_cannot_be_written(made, tmp_path, monkeypatch):
     for out in (tmp_path/'file'/'m.png', tmp_path/'m.png'):
         with pytest.raises(KitError): predict_file(made.run, made.picture, 'ball', out)
     with pytest.raises(KitError, match='PNG'): predict_file(made.run, made.picture, 'ball', tmp_path/'m.jpg')
-    monkeypatch.setattr('lts_nb.predict.evaluate', lambda *a, **k: pytest.fail('the work was done before the place was looked at'))
+    monkeypatch.setattr('lts_nb.manual.predict.evaluate', lambda *a, **k: pytest.fail('the work was done before the place was looked at'))
     for out in (tmp_path/'file'/'p.json', tmp_path/'m.png'):
         with pytest.raises(KitError): evaluate_run(made.lts, made.root, 'refshapes', 'val', predictions=out)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from pycocotools import mask as coco_mask
 from lts_nb.errors import KitError
-from lts_nb.refer import Refer, check_dataset, decode_rle, decode_segmentation, load_restricted_pickle, write_refer
+from lts_nb.data.refer import Refer, check_dataset, decode_rle, decode_segmentation, load_restricted_pickle, write_refer
 
 MICRO = Path(os.environ.get('LTS_MICRO', Path(__file__).parents[2]/'shared'/'refcoco_micro'))
 needs_micro = pytest.mark.skipif(not MICRO.is_dir(), reason=f'the twelve images of RefCOCO are not at {MICRO}')

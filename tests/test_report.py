@@ -6,9 +6,9 @@ import re
 import pytest
 from PIL import Image
 
-from lts_nb import report
+from lts_nb.evidence import report
 from lts_nb.errors import KitError
-from lts_nb.experiments import run_config
+from lts_nb.evidence.experiments import run_config
 from test_tables import fake_run
 
 

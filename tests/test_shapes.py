@@ -6,8 +6,8 @@ import PIL.Image
 import pytest
 from pycocotools import mask as coco_mask
 
-from lts_nb.refer import Refer
-from lts_nb.shapes import FAMILY, Recipe, fingerprint, make_family, make_image
+from lts_nb.data.refer import Refer
+from lts_nb.data.shapes import FAMILY, Recipe, fingerprint, make_family, make_image
 
 WORDS = {'refshapes': 3.5, 'refshapes+': 3.5, 'refshapesg': 8.4}  # a sentence, as RefCOCO's sets have them
 TINY = dict(seed=0, train=5, val=3, testA=3, testB=3)
@@ -219,7 +219,7 @@ def test_no_object_is_hidden_further_than_the_recipe_says():
     assert .01 < np.mean(np.array(shares) < 1) < .9, 'some objects are covered, some are not'
 
 
-MAKE = 'import sys, json; from lts_nb.shapes import *; make_family(sys.argv[1], Recipe(**json.loads(sys.argv[2])), workers=int(sys.argv[3]))'
+MAKE = 'import sys, json; from lts_nb.data.shapes import *; make_family(sys.argv[1], Recipe(**json.loads(sys.argv[2])), workers=int(sys.argv[3]))'
 
 def contents(root):
     "Every file of a family: its bytes, or what a pickle holds, since the same records may be pickled in several ways."

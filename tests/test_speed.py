@@ -1,8 +1,8 @@
 """The paper-size model at 416 on the CPU against a matrix product of as many operations."""
 import torch
 
-from lts_nb.darknet import Darknet53, split_backbone
-from lts_nb.lts import LTS, LTSConfig, speed_ratio
+from lts_nb.model.darknet import Darknet53, split_backbone
+from lts_nb.model.lts import LTS, LTSConfig, speed_ratio
 
 
 def test_one_pass_against_a_matrix_product():

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 
 from conftest import ROOT
-from lts_nb import report, tables
+from lts_nb.evidence import report, tables
 from lts_nb.errors import KitError
-from lts_nb.experiments import EXPERIMENTS, run_config, runs_for
-from lts_nb.fit import config_hash
-from lts_nb.paper import methods, published
+from lts_nb.evidence.experiments import EXPERIMENTS, run_config, runs_for
+from lts_nb.training.fit import config_hash
+from lts_nb.evidence.paper import methods, published
 
 METRICS = ['oIoU', 'mIoU', *(f'prec@0.{k}' for k in range(5, 10))]
 EVIL = '<img src=x onerror=alert(1)></script> $x_1$ \\input{a} | & %'

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from lts_nb.errors import KitError
-from lts_nb.refer import Refer
-from lts_nb.text import PAD, UNK, Vocab, build_vocab, encode, load_vectors, pad_batch, tokenize, write_packaged_vectors
+from lts_nb.data.refer import Refer
+from lts_nb.data.text import PAD, UNK, Vocab, build_vocab, encode, load_vectors, pad_batch, tokenize, write_packaged_vectors
 
 VOCAB = build_vocab([['red', 'square'], ['the', 'red', 'circle']])
 

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from lts_nb import batch, refer, throughput
-from lts_nb.cli import app
+from lts_nb.manual import batch, throughput
+from lts_nb.data import refer
+from lts_nb.manual.cli import app
 from lts_nb.errors import KitError
-from lts_nb.experiments import run_config, runs_for
-from lts_nb.features import CachedFeatures
-from lts_nb.refer import Refer, check_dataset
+from lts_nb.evidence.experiments import run_config, runs_for
+from lts_nb.training.features import CachedFeatures
+from lts_nb.data.refer import Refer, check_dataset
 
 RATES = dict(train=100., score=200., feature_s=.01, image_mb=2., gpu=True, device='a card', gflops={e: (50., 50.) for e in ('lts', 'lts-trans', 'blind')})
 plan = lambda *args: CliRunner().invoke(app, ['plan', '--preset', *map(str, args)])

@@ -14,30 +14,50 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 from nbdev.showdoc import show_doc
 
+sys.path.insert(0, str(Path(__file__).parent))
+from parts import OTHERS, notebooks, read_parts, rooms, title_of
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-MODULES = sorted(p.stem for p in (ROOT/'lts_nb').glob('*.py') if not p.name.startswith('_'))
+MODULES = sorted(str(p.relative_to(ROOT/'lts_nb').with_suffix('')) for p in (ROOT/'lts_nb').rglob('*.py')
+                 if not p.name.startswith('_'))  # 'model/fusion'
 MATHS = re.compile(r'\$\$(.+?)\$\$|(?<![\\$])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\d$])', re.S)
-OUTSIDE = re.compile(r'\]\((\.\./[^)#]+)')  # a link from a notebook in nbs/ to a file of the repository
+LINK = re.compile(r'\]\(([^)#\s]+)')
 
 
 def api_page(module):
     "Markdown of a module's page: what it is for, then every exported name with its docments."
-    m = importlib.import_module(f'lts_nb.{module}')
+    m = importlib.import_module('lts_nb.' + module.replace('/', '.'))
     own = {name: inspect.isfunction(getattr(m, name)) or inspect.isclass(getattr(m, name)) for name in m.__all__}
     parts = [show_doc(getattr(m, name))._repr_markdown_() for name in own if own[name]]
     values = [f'- `{name}`' for name in own if not own[name]]
-    source = re.search(r'File to edit: \.\./nbs/(\S+)\.ipynb', (ROOT/'lts_nb'/f'{module}.py').read_text()).group(1)
-    head = f'# lts_nb.{module}\n\n{m.__doc__}\n\nThe lesson that defines it: [{source}](../{source}.ipynb).\n'
+    source = re.search(r'File to edit: (?:\.\./)+nbs/(\S+)\.ipynb', (ROOT/'lts_nb'/f'{module}.py').read_text()).group(1)
+    up = '../'*(module.count('/') + 1)
+    head = f'# lts_nb.{module.replace("/", ".")}\n\n{m.__doc__}\n\nThe lesson that defines it: [{source}]({up}{source}.ipynb).\n'
     return '\n\n'.join([head, *([('Values:\n\n' + '\n'.join(values))] if values else []), *parts]) + '\n'
 
 
 def linked_files():
     "Files of the repository that notebooks link to and that are no notebooks."
-    texts = [''.join(c['source']) for p in (ROOT/'nbs').glob('*.ipynb') for c in json.loads(p.read_text())['cells']
-             if c['cell_type'] == 'markdown']
-    found = {ROOT/'nbs'/link for text in texts for link in OUTSIDE.findall(text)}
-    return sorted(p.resolve().relative_to(ROOT) for p in found)
+    found = set()
+    for notebook in notebooks():
+        cells = json.loads(notebook.read_text())['cells']
+        text = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+        found |= {(notebook.parent/link).resolve() for link in LINK.findall(text) if not re.match(r'\w+:|/', link)}
+    return sorted(p.relative_to(ROOT) for p in found if not p.is_relative_to(ROOT/'nbs'))
+
+
+def on_config(config):
+    "Navigation: the parts in the order of reading, then what is no part, then the modules."
+    page = lambda path: {title_of(path)[0]: str(path.relative_to(ROOT/'nbs'))}
+    nav = [{'LTS kit': 'index.ipynb'}]
+    for part in read_parts()['part']:
+        if paths := rooms()[part['name']]: nav.append({part['title']: [page(p) for p in paths]})
+    for folder in OTHERS:
+        if paths := sorted((ROOT/'nbs'/folder).glob('*.ipynb')): nav.append({folder.capitalize(): [page(p) for p in paths]})
+    nav.append({'API': [{m.replace('/', '.'): f'api/{m}.md'} for m in MODULES]})
+    config['nav'] = nav
+    return config
 
 
 def on_files(files, config):
@@ -64,8 +84,9 @@ def target(href, page):
     "Where a link of a notebook's page leads on the site."
     if re.match(r'\w+:|#|/', href): return href
     if re.search(r'\.ipynb(#|$)', href): return re.sub(r'\.ipynb(?=#|$)', '.html', href)
-    if href.startswith('../') and '/' not in page.file.src_uri:
-        return re.sub(r'\.md$', '.html', re.sub(r'README\.md$', 'index.md', 'repository/' + href[3:]))
+    depth = page.file.src_uri.count('/')
+    if href.startswith('../'*(depth + 1)):  # out of nbs/
+        return re.sub(r'\.md$', '.html', re.sub(r'README\.md$', 'index.md', '../'*depth + 'repository/' + href[3*(depth + 1):]))
     return href
 
 

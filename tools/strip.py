@@ -3,6 +3,8 @@ import json
 import sys
 from pathlib import Path
 
+from parts import notebooks
+
 VIEW = 'application/vnd.jupyter.widget-view+json'
 
 
@@ -20,4 +22,4 @@ def strip(path):
 
 
 if __name__ == '__main__':
-    for path in sys.argv[1:] or sorted([*Path('nbs').glob('*.ipynb'), *Path('nbs/tutorials').glob('*.ipynb')]): strip(Path(path))
+    for path in sys.argv[1:] or notebooks(): strip(Path(path))

@@ -1,0 +1,55 @@
+"The house's order: an import never leads from an earlier part to a later one."
+import re
+from pathlib import Path
+
+import pytest
+
+from lts_nb.evidence.experiments import imported_modules
+from parts import ROOT, notebooks, read_parts, rooms
+
+PARTS = read_parts()
+MODULES = sorted(str(p.relative_to(ROOT/'lts_nb').with_suffix('')).replace('/', '.')
+                 for p in (ROOT/'lts_nb').rglob('*.py') if not p.name.startswith('_'))
+
+
+def backwards(module, imported):
+    "Those of a module's imports that lead to a later part."
+    order = PARTS['imports']
+    part = module.partition('.')[0]
+    if part in PARTS['ground']: return sorted(imported)
+    return [m for m in sorted(imported) if m not in PARTS['ground'] and order.index(m.partition('.')[0]) > order.index(part)]
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_no_import_leads_to_a_later_part(module):
+    assert backwards(module, imported_modules(module)) == []
+
+
+def test_an_import_that_leads_to_a_later_part_is_found():
+    assert backwards('data.refer', {'errors', 'data.text', 'training.fit'}) == ['training.fit']
+    assert backwards('errors', {'data.refer'}) == ['data.refer']
+
+
+def test_within_a_part_imports_lead_to_earlier_rooms():
+    later = []
+    for part, paths in rooms().items():
+        names = [f'{part}.{p.stem[3:]}' for p in paths]
+        for i, name in enumerate(names):
+            if name not in MODULES: continue
+            later += [(name, m) for m in imported_modules(name) if m in names[i + 1:]]
+    assert later == []
+
+
+def test_no_notebook_stands_outside_the_parts():
+    found = set((ROOT/'nbs').rglob('*.ipynb'))
+    found = {p for p in found if '.ipynb_checkpoints' not in p.parts}
+    assert found == set(notebooks()), 'a notebook that nbs/parts.toml does not know'
+    assert {p['name'] for p in PARTS['part']} == set(PARTS['imports'])
+
+
+def test_notebook_and_module_have_one_name():
+    made = {re.search(r'File to edit: (?:\.\./)+nbs/(\S+)', (ROOT/'lts_nb'/(m.replace('.', '/') + '.py')).read_text())[1]: m
+            for m in MODULES}
+    for notebook, module in made.items():
+        part, name = notebook.removesuffix('.ipynb').split('/')
+        assert module in (f'{part}.{name[3:]}', name[3:])
