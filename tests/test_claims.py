@@ -32,7 +32,8 @@ def test_image_interval_against_the_formula():
     "For many equal images the bootstrap of a mean is the normal interval."
     rng = np.random.default_rng(1)
     a, b = rng.normal(.6, .1, 4000), rng.normal(.5, .1, 4000)
-    totals = lambda v: np.stack([v, np.ones_like(v)] + [np.zeros_like(v)]*9, 1)
+    image, none = np.arange(4000), np.zeros(4000)
+    totals = lambda v: image_totals(dict(image_id=image, intersection=v, union=np.ones_like(v), hit=none))
     low, high = claims.image_interval([(totals(a), totals(b))])
     half = 196*np.std(a - b)/np.sqrt(len(a))
     assert (low + high)/2 == pytest.approx(100*np.mean(a - b), abs=.1*half) and (high - low)/2 == pytest.approx(half, rel=.1)

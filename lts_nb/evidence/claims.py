@@ -8,12 +8,12 @@ __all__ = ['CLAIMS', 'MARGIN', 'Claim', 'printed_effect', 'seed_interval', 'imag
 
 # %% ../../nbs/evidence/05_claims.ipynb #35274c71
 from dataclasses import dataclass
-from functools import partial
 import numpy as np, pandas as pd
 from scipy import stats
 from .experiments import preset_of, rows
 from .paper import published
-from .tables import bootstrap_interval, image_totals, load_samples, metric_names, results_frame
+from .tables import (Totals, bootstrap_interval, image_totals, load_samples,
+                                     results_frame)
 
 # %% ../../nbs/evidence/05_claims.ipynb #26374a80
 @dataclass(frozen=True)
@@ -29,47 +29,71 @@ class Claim:
 
 # %% ../../nbs/evidence/05_claims.ipynb #b4b8a086
 CLAIMS = [
-    Claim('Fusion helps, without Seg',     '§4.4, Table 2: "drops 2.4% (Fusion+Filter vs Filter)"', '2', ('Fusion+Filter', 'Filter')),
-    Claim('Fusion helps, with Seg',        '§4.4, Table 2: "1.4% (Fusion+Filter+Seg vs Filter+Seg)"', '2', ('Fusion+Filter+Seg', 'Filter+Seg')),
-    Claim('Filtering helps, without Seg',  '§4.4, Table 2: "drops 1.9%"', '2', ('Fusion+Filter', 'Fusion')),
-    Claim('Filtering helps, with Seg',     '§4.4, Table 2: "drops […] 1.5%"', '2', ('Fusion+Filter+Seg', 'Fusion+Seg')),
-    Claim('Seg helps Fusion',              '§4.4, Table 2: "can effectively improve the performances"', '2', ('Fusion+Seg', 'Fusion')),
-    Claim('Seg helps Filter',              '§4.4, Table 2: "can effectively improve the performances"', '2', ('Filter+Seg', 'Filter')),
-    Claim('Seg helps Fusion+Filter',       '§4.4, Table 2: "can effectively improve the performances"', '2', ('Fusion+Filter+Seg', 'Fusion+Filter')),
-    Claim('L_loc helps',                   '§4.4, Table 2: "adding the locating loss also obtains better performance"', '2', ('Fusion+Filter+Seg+Lloc', 'Fusion+Filter+Seg')),
+    Claim('Fusion helps, without Seg', '§4.4, Table 2: "drops 2.4% (Fusion+Filter vs Filter)"',
+          '2', ('Fusion+Filter', 'Filter')),
+    Claim('Fusion helps, with Seg', '§4.4, Table 2: "1.4% (Fusion+Filter+Seg vs Filter+Seg)"',
+          '2', ('Fusion+Filter+Seg', 'Filter+Seg')),
+    Claim('Filtering helps, without Seg', '§4.4, Table 2: "drops 1.9%"',
+          '2', ('Fusion+Filter', 'Fusion')),
+    Claim('Filtering helps, with Seg', '§4.4, Table 2: "drops […] 1.5%"',
+          '2', ('Fusion+Filter+Seg', 'Fusion+Seg')),
+    Claim('Seg helps Fusion', '§4.4, Table 2: "can effectively improve the performances"',
+          '2', ('Fusion+Seg', 'Fusion')),
+    Claim('Seg helps Filter', '§4.4, Table 2: "can effectively improve the performances"',
+          '2', ('Filter+Seg', 'Filter')),
+    Claim('Seg helps Fusion+Filter', '§4.4, Table 2: "can effectively improve the performances"',
+          '2', ('Fusion+Filter+Seg', 'Fusion+Filter')),
+    Claim('L_loc helps',
+          '§4.4, Table 2: "adding the locating loss also obtains better performance"',
+          '2', ('Fusion+Filter+Seg+Lloc', 'Fusion+Filter+Seg')),
 ]
 
 # %% ../../nbs/evidence/05_claims.ipynb #20774c4f
+_resolutions = tuple(f'LTS {s}x{s}' for s in (320, 352, 384, 416, 448, 480))
 CLAIMS += [
-    Claim('The transformer beats filtering', '§4.4, Table 4: "can further improve the performance"', '4', ('LTS-Trans', 'LTS')),
-    Claim('Filtering twice beats once',      '§4.4, Table 5: "better performance (+0.61 IoU)"', '5', ('LTS n=2', 'LTS n=1')),
-    Claim('Three times does not beat twice', 'Table 5', '5', ('LTS n=3', 'LTS n=2'), 'no better'),
-    Claim('Word filters are comparable',     '§4.4, Table 5: "comparative performances"', '5', ('LTS-WordFilter n=1', 'LTS n=1'), 'comparable'),
-    Claim('IoU rises with resolution',       '§4.4, Table 6: "larger input resolution will improve the performance"', '6', tuple(f'LTS {s}x{s}' for s in (320, 352, 384, 416, 448, 480)), 'rising'),
-    Claim('LTS* beats LTS',                  '§4.4, Table 7: "better performances with this setting"', '7', ('LTS*', 'LTS')),
-    Claim('The prior points into the object', '§4.3: "The result is 81.74%"', '1', ('LTS',), 'at least', 'pointing', 81.74),
+    Claim('The transformer beats filtering',
+          '§4.4, Table 4: "can further improve the performance"', '4', ('LTS-Trans', 'LTS')),
+    Claim('Filtering twice beats once', '§4.4, Table 5: "better performance (+0.61 IoU)"',
+          '5', ('LTS n=2', 'LTS n=1')),
+    Claim('Three times does not beat twice', 'Table 5',
+          '5', ('LTS n=3', 'LTS n=2'), 'no better'),
+    Claim('Word filters are comparable', '§4.4, Table 5: "comparative performances"',
+          '5', ('LTS-WordFilter n=1', 'LTS n=1'), 'comparable'),
+    Claim('IoU rises with resolution',
+          '§4.4, Table 6: "larger input resolution will improve the performance"',
+          '6', _resolutions, 'rising'),
+    Claim('LTS* beats LTS', '§4.4, Table 7: "better performances with this setting"',
+          '7', ('LTS*', 'LTS')),
+    Claim('The prior points into the object', '§4.3: "The result is 81.74%"',
+          '1', ('LTS',), 'at least', 'pointing', 81.74),
 ]
 
 # %% ../../nbs/evidence/05_claims.ipynb #3bd2fcae
 CLAIMS += [
-    Claim('Seg helps CMPC',                     '§4.4, Table 3: "can generate more precise prediction mask"', '3', ('CMPC+Seg', 'CMPC')),
-    Claim('LTS beats the best earlier method',  '§4.2, Table 1: "the best performances under IoU metric across different datasets" (CGAN is ahead on RefCOCO testA)', '1', ('LTS', 'CGAN')),
+    Claim('Seg helps CMPC', '§4.4, Table 3: "can generate more precise prediction mask"',
+          '3', ('CMPC+Seg', 'CMPC')),
+    Claim('LTS beats the best earlier method',
+          '§4.2, Table 1: "the best performances under IoU metric across different datasets" '
+          '(CGAN is ahead on RefCOCO testA)', '1', ('LTS', 'CGAN')),
     Claim('LTS beats MCN, which shares its backbone', 'Table 1', '1', ('LTS', 'MCN+ASNLS')),
-    Claim('One kernel from the sentence beats DMN’s one a word', '§4.2, Table 1: "16% […] IoU point"', '1', ('LTS', 'DMN')),
-    Claim('One kernel beats Lang2seg’s seven',  '§4.2, Table 1: "6% IoU point"', '1', ('LTS', 'Lang2seg')),
+    Claim('One kernel from the sentence beats DMN’s one a word',
+          '§4.2, Table 1: "16% […] IoU point"', '1', ('LTS', 'DMN')),
+    Claim('One kernel beats Lang2seg’s seven', '§4.2, Table 1: "6% IoU point"',
+          '1', ('LTS', 'Lang2seg')),
 ]
 assert len({c.claim for c in CLAIMS}) == len(CLAIMS)
 
 # %% ../../nbs/evidence/05_claims.ipynb #87c9b039
 def printed_effect(
-    claim:Claim, dataset:str, # 'refcoco', 'refcoco+' or 'refcocog'
-    split:str='val',          # val, testA, testB or test
-)->float: # points; NaN where the paper prints none
+    claim:Claim,      # one of CLAIMS
+    dataset:str,      # 'refcoco', 'refcoco+' or 'refcocog'
+    split:str='val',  # val, testA, testB or test
+)->float:             # points; NaN where the paper prints none
     "The paper's own number for a claim."
     if claim.printed: return claim.printed if (dataset, split) == ('refcoco', 'val') else np.nan
     p = published()
-    p = p[(p.table == claim.table) & (p.dataset == dataset) & (p.split == split) & (p.metric == 'IoU')].set_index('row')['value']
-    v = p.reindex(list(claim.rows)).to_numpy()
+    p = p[(p.table == claim.table) & (p.dataset == dataset) & (p.split == split)]
+    v = p[p.metric == 'IoU'].set_index('row')['value'].reindex(list(claim.rows)).to_numpy()
     return float(np.diff(v).min()) if claim.test == 'rising' else float(v[0] - v[1])
 
 # %% ../../nbs/evidence/05_claims.ipynb #2c7b6eed
@@ -83,71 +107,107 @@ def seed_interval(
     return float(d.mean() - half), float(d.mean() + half)
 
 # %% ../../nbs/evidence/05_claims.ipynb #6118ba5c
-_columns = {'oIoU': (0, 1), 'mIoU': (2, 3), 'pointing': (9, 10)}
+_ratios = {'oIoU': ('inter', 'union'), 'mIoU': ('iou', 'sentences'),
+           'pointing': ('hits', 'pointed')}
 
 def _value(totals, metric):
     "A metric in percent of (…, images, 11) totals."
-    top, bottom = (totals[..., c].sum(-1) for c in _columns[metric])
-    return 100 * top / bottom
+    t = Totals.of(totals)
+    top, bottom = _ratios[metric]
+    return 100 * getattr(t, top).sum(-1) / getattr(t, bottom).sum(-1)
 
 # %% ../../nbs/evidence/05_claims.ipynb #947ac913
 def image_interval(
-    pairs:list,         # (totals, totals) a seed, from `image_totals`: the one, and the one it is compared with (or a number)
+    pairs:list,         # (totals, totals or a number) a seed: a model, and what it is compared with
     metric:str='oIoU',  # oIoU, mIoU or pointing
-    draws:int=2000, # of the bootstrap
+    draws:int=2000,     # of the bootstrap
 )->tuple:               # (low, high)
-    "95 % interval of a difference, averaged over seeds, over test images: both models and all seeds see the same draws."
-    other = lambda b, rows: b if np.isscalar(b) else _value(b[rows], metric)
-    mean = lambda rows: np.mean([_value(a[rows], metric) - other(b, rows) for a, b in pairs], axis=0)[..., None]
-    low, high = bootstrap_interval(mean, len(pairs[0][0]), draws)
+    """95 % interval of a difference, averaged over seeds, over test images.
+
+    Both models and all seeds see the same draws; totals are those of `tables.image_totals`."""
+    def mean_difference(rows):
+        each = []
+        for one, other in pairs:
+            than = other if np.isscalar(other) else _value(other[rows], metric)
+            each.append(_value(one[rows], metric) - than)
+        return np.mean(each, axis=0)[..., None]
+    low, high = bootstrap_interval(mean_difference, len(pairs[0][0]), draws)
     return float(low[0]), float(high[0])
 
 # %% ../../nbs/evidence/05_claims.ipynb #3cf52574
 MARGIN = 1.  # points of overall IoU that "comparable" and "does not beat" allow
 
-_sides = {  # test → (claimed side, other side) of an interval
-    'greater':    (lambda low, high: low > 0,                          lambda low, high: high < 0),
-    'rising':     (lambda low, high: low > 0,                          lambda low, high: high < 0),
-    'comparable': (lambda low, high: -MARGIN < low and high < MARGIN,  lambda low, high: low > MARGIN or high < -MARGIN),
-    'no better':  (lambda low, high: high < MARGIN,                    lambda low, high: low > MARGIN),
-    'at least':   (lambda low, high: low > -MARGIN,                    lambda low, high: high < -MARGIN)}
+_sides = {  # test → what is claimed of the effect: more than, less than
+    'greater':    (0, None),
+    'rising':     (0, None),
+    'comparable': (-MARGIN, MARGIN),
+    'no better':  (None, MARGIN),
+    'at least':   (-MARGIN, None)}
 
 # %% ../../nbs/evidence/05_claims.ipynb #8e3ae9f8
 def verdict(
-    test:str, low:float, high:float, # kind of claim; interval of the effect
-)->str:
+    test:str,   # kind of claim
+    low:float,  # interval of the effect, in points
+    high:float, # its upper end
+)->str:         # reproduced, not reproduced or inconclusive
     "What an interval says of a claim."
-    claimed, other = _sides[test]
-    return 'reproduced' if claimed(low, high) else 'not reproduced' if other(low, high) else 'inconclusive'
+    more, less = _sides[test]
+    above = more is None or low > more
+    below = less is None or high < less
+    if above and below: return 'reproduced'
+    too_low = more is not None and high < more
+    too_high = less is not None and low > less
+    return 'not reproduced' if too_low or too_high else 'inconclusive'
 
 # %% ../../nbs/evidence/05_claims.ipynb #672c2d9f
-def _pairs(results, better, than, dataset, split, metric, printed=None):
+def _pairs(results, better, than, dataset, split, printed=None):
     "{seed: (totals, totals or number)} of the seeds that both experiments have."
-    of = lambda e: {r['seed']: r for r in results if (r['experiment'], r['dataset']) == (e, dataset) and (r['folder']/f'samples-{split}.npz').exists()}
-    a, b = of(better), of(than) if than else {}
-    seeds = sorted(a) if printed else sorted(set(a) & set(b))
-    return {s: (image_totals(load_samples(a[s], split)), printed or image_totals(load_samples(b[s], split))) for s in seeds}
+    def scored(experiment):
+        return {r['seed']: r for r in results
+                if (r['experiment'], r['dataset']) == (experiment, dataset)
+                and (r['folder']/f'samples-{split}.npz').exists()}
+    a = scored(better)
+    b = scored(than) if than else {}
+    pairs = {}
+    for seed in sorted(a) if printed else sorted(set(a) & set(b)):
+        one = image_totals(load_samples(a[seed], split))
+        pairs[seed] = one, printed or image_totals(load_samples(b[seed], split))
+    return pairs
 
 # %% ../../nbs/evidence/05_claims.ipynb #bb134c83
 def effect(
-    pairs:dict, metric:str,  # {seed: (totals, totals or number)}
+    pairs:dict,     # {seed: (totals, totals or number)}
+    metric:str,     # oIoU, mIoU or pointing
     draws:int=2000, # of the bootstrap
-)->dict:                     # effect, low, high, image_low, image_high, seed_low, seed_high, seeds, each
+)->dict:            # effect, low, high, image_low, image_high, seed_low, seed_high, seeds, each
     "A difference over all seeds with both its intervals and their envelope, in points."
-    each = [_value(a, metric) - (b if np.isscalar(b) else _value(b, metric)) for a, b in pairs.values()]
-    image, seed = image_interval(list(pairs.values()), metric, draws), seed_interval(each)
-    return dict(effect=float(np.mean(each)), low=np.fmin(image[0], seed[0]), high=np.fmax(image[1], seed[1]), image_low=image[0], image_high=image[1],
-                seed_low=seed[0], seed_high=seed[1], seeds=len(each), each=' '.join(f'{d:+.2f}' for d in each))
+    each = []
+    for one, other in pairs.values():
+        than = other if np.isscalar(other) else _value(other, metric)
+        each.append(_value(one, metric) - than)
+    image_low, image_high = image_interval(list(pairs.values()), metric, draws)
+    seed_low, seed_high = seed_interval(each)
+    return dict(effect=float(np.mean(each)),
+                low=np.fmin(image_low, seed_low), high=np.fmax(image_high, seed_high),
+                image_low=image_low, image_high=image_high,
+                seed_low=seed_low, seed_high=seed_high,
+                seeds=len(each), each=' '.join(f'{d:+.2f}' for d in each))
 
 # %% ../../nbs/evidence/05_claims.ipynb #f639ea9a
 def grid_share(
-    results:list, better:str, than:str, dataset:str, split:str, # experiments
-)->float: # points of overall IoU; 0 where both have the same grid, NaN where it is not known
+    results:list, # from `load_results`
+    better:str,   # experiment
+    than:str,     # experiment
+    dataset:str,  # by our name
+    split:str,    # val, testA, testB or test
+)->float:         # points of overall IoU; 0 where both have the same grid, NaN where unknown
     "Points that the finer grid of one experiment alone would gain over the other."
     f = results_frame(results)
-    m = f[(f.dataset == dataset) & (f.split == split)].groupby(['experiment', 'metric'])['value'].mean()
-    at = lambda e, metric: m.get((e, metric), np.nan)
-    return at(than, 'oIoU') * (at(better, 'ceiling oIoU') / at(than, 'ceiling oIoU') - 1)
+    f = f[(f.dataset == dataset) & (f.split == split)]
+    mean = f.groupby(['experiment', 'metric'])['value'].mean()
+    fine = mean.get((better, 'ceiling oIoU'), np.nan)
+    coarse = mean.get((than, 'ceiling oIoU'), np.nan)
+    return mean.get((than, 'oIoU'), np.nan) * (fine / coarse - 1)
 
 # %% ../../nbs/evidence/05_claims.ipynb #4452b359
 def _steps(claim):
@@ -155,26 +215,36 @@ def _steps(claim):
     if claim.test == 'rising': return list(zip(claim.rows[1:], claim.rows[:-1]))
     return [(claim.rows[0], claim.rows[1] if len(claim.rows) > 1 else None)]
 
+def _step_name(better, than): return f'{better} − {than}' if than else better
+
 def _experiments(claim, role):
     "{row: experiment} of a claim's table and data set, for the rows that the kit can run."
     r = rows()
-    return r[(r.table == claim.table) & (r.dataset == role)].drop_duplicates('row').set_index('row').experiment.to_dict()
+    r = r[(r.table == claim.table) & (r.dataset == role)]
+    return r.drop_duplicates('row').set_index('row').experiment.to_dict()
 
 # %% ../../nbs/evidence/05_claims.ipynb #15dfd25b
 def effects_frame(
-    results:list, preset:str, # from `load_results`
+    results:list,   # from `load_results`
+    preset:str,     # smoke, cpu, gpu or paper
     draws:int=2000, # of the bootstrap
-)->pd.DataFrame:              # claim, step, dataset, split, and the columns of `effect`
+)->pd.DataFrame:    # claim, step, dataset, split, metric and the columns of `effect`
     "Every effect that the results allow, on every split."
-    out, datasets = [], preset_of(preset)['datasets']
+    out = []
     for c in CLAIMS:
-        for role, ours in datasets.items():
+        for role, ours in preset_of(preset)['datasets'].items():
             e = _experiments(c, role)
-            for a, b in [s for s in _steps(c) if all(r in e for r in s if r)]:
+            for a, b in _steps(c):
+                if a not in e or (b and b not in e): continue
                 for split in ('val', 'testA', 'testB', 'test'):
-                    pairs = _pairs(results, e[a], e.get(b), ours, split, c.metric, c.printed)
-                    if pairs: out.append(dict(claim=c.claim, step=f'{a} − {b}' if b else a, dataset=ours, split=split, metric=c.metric) | effect(pairs, c.metric, draws))
-    return pd.DataFrame(out, columns=['claim', 'step', 'dataset', 'split', 'metric', 'effect', 'low', 'high', 'image_low', 'image_high', 'seed_low', 'seed_high', 'seeds', 'each'])
+                    pairs = _pairs(results, e[a], e.get(b), ours, split, c.printed)
+                    if not pairs: continue
+                    line = dict(claim=c.claim, step=_step_name(a, b), dataset=ours, split=split,
+                                metric=c.metric)
+                    out.append(line | effect(pairs, c.metric, draws))
+    return pd.DataFrame(out, columns=[
+        'claim', 'step', 'dataset', 'split', 'metric', 'effect', 'low', 'high',
+        'image_low', 'image_high', 'seed_low', 'seed_high', 'seeds', 'each'])
 
 # %% ../../nbs/evidence/05_claims.ipynb #661f172f
 def _untested(claim, role, results, preset):
@@ -183,45 +253,59 @@ def _untested(claim, role, results, preset):
     absent = [r for r in claim.rows if r not in e]
     if absent: return f'{", ".join(absent)}: not in the kit'
     run = {(r['experiment'], r['dataset']) for r in results}
-    lacking = [r for r in claim.rows if (e[r], preset_of(preset)['datasets'][role]) not in run]
-    return f'no run of {", ".join(lacking)} (lts reproduce --preset {preset} --table {claim.table})' if lacking else 'no seed that all its rows share'
+    ours = preset_of(preset)['datasets'][role]
+    lacking = [r for r in claim.rows if (e[r], ours) not in run]
+    if not lacking: return 'no seed that all its rows share'
+    command = f'lts reproduce --preset {preset} --table {claim.table}'
+    return f'no run of {", ".join(lacking)} ({command})'
 
 def _why(claim, f, step, grid):
     "What stands behind a verdict, in a sentence."
-    span = lambda a, b: f'[{a:+.1f}, {b:+.1f}]'
-    parts = [f'over images {span(step.image_low, step.image_high)}']
-    parts += [f'over {step.seeds} seeds {span(step.seed_low, step.seed_high)}' if step.seeds > 1 else 'one seed']
-    if claim.test == 'rising': parts.insert(0, f'{(f.low > 0).sum()} of {len(f)} steps clear of 0; the least sure: {step.step}')
-    if claim.metric == 'oIoU': parts.append('same grid' if abs(grid) < .005 else f'the grid alone would give {grid:+.1f}')
+    parts = [f'over images [{step.image_low:+.1f}, {step.image_high:+.1f}]']
+    if step.seeds > 1:
+        parts.append(f'over {step.seeds} seeds [{step.seed_low:+.1f}, {step.seed_high:+.1f}]')
+    else: parts.append('one seed')
+    if claim.test == 'rising':
+        clear = (f.low > 0).sum()
+        parts.insert(0, f'{clear} of {len(f)} steps clear of 0; the least sure: {step.step}')
+    if claim.metric == 'oIoU':
+        same = abs(grid) < .005
+        parts.append('same grid' if same else f'the grid alone would give {grid:+.1f}')
     return '; '.join(parts)
 
 # %% ../../nbs/evidence/05_claims.ipynb #0b88b866
 def claims_frame(
-    results:list, preset:str,  # from `load_results`
-    effects:pd.DataFrame,      # from `effects_frame`
-)->pd.DataFrame:               # claim, source, dataset, published, effect, low, high, verdict, why
-    "A verdict for every claim and data set of the preset, on the val split that the paper argues with."
+    results:list,         # from `load_results`
+    preset:str,           # smoke, cpu, gpu or paper
+    effects:pd.DataFrame, # from `effects_frame`
+)->pd.DataFrame:          # claim, source, dataset, published, effect, low, high, verdict, why
+    "A verdict for every claim and data set of the preset, on the val split."
     out = []
     for c in CLAIMS:
         for role, ours in preset_of(preset)['datasets'].items():
             paper = printed_effect(c, role)
             if np.isnan(paper): continue
-            f = effects[(effects.claim == c.claim) & (effects.dataset == ours) & (effects.split == 'val')]
+            f = effects[(effects.claim == c.claim) & (effects.dataset == ours)]
+            f = f[f.split == 'val']
+            if len(f) == len(_steps(c)): judged = _judge(c, role, ours, f, results)
+            else: judged = dict(verdict='not tested', why=_untested(c, role, results, preset))
             line = dict(claim=c.claim, source=c.source, dataset=ours, published=paper)
-            out.append(line | (_judge(c, role, ours, f, results) if len(f) == len(_steps(c)) else dict(verdict='not tested', why=_untested(c, role, results, preset))))
-    return pd.DataFrame(out, columns=['claim', 'source', 'dataset', 'published', 'effect', 'low', 'high', 'verdict', 'why'])
+            out.append(line | judged)
+    return pd.DataFrame(out, columns=['claim', 'source', 'dataset', 'published', 'effect',
+                                      'low', 'high', 'verdict', 'why'])
 
 # %% ../../nbs/evidence/05_claims.ipynb #2e623703
 def _judge(claim, role, ours, f, results):
     "Effect, interval, verdict and reason from a claim's steps on one data set."
+    # the step that decides: one that goes down, where the claim is that all rise
     down = f[f.high < 0]
     step = (down if claim.test == 'rising' and len(down) else f).sort_values('low').iloc[0]
-    e, (a, b) = _experiments(claim, role), next(s for s in _steps(claim) if step.step in (s[0], f'{s[0]} − {s[1]}'))
+    a, b = next(s for s in _steps(claim) if _step_name(*s) == step.step)
+    e = _experiments(claim, role)
     grid = grid_share(results, e[a], e[b], ours, 'val') if b else 0.
-    got = verdict(claim.test, step.low, step.high)
-    value = step.effect + (claim.printed or 0)
-    shift = claim.printed or 0
-    return dict(effect=value, low=step.low + shift, high=step.high + shift, verdict=got, why=_why(claim, f, step, grid))
+    shift = claim.printed or 0  # where a value and no difference is claimed, show the value
+    return dict(effect=step.effect + shift, low=step.low + shift, high=step.high + shift,
+                verdict=verdict(claim.test, step.low, step.high), why=_why(claim, f, step, grid))
 
 # %% ../../nbs/evidence/05_claims.ipynb #84723c1a
 def simulate_pairs(
@@ -231,29 +315,43 @@ def simulate_pairs(
     gain:float=.03,       # what the better model's success probability is higher
     seed_sd:float=.01,    # how much training seeds move it
     sentences:int=5,      # an image
-)->tuple:                 # ([(totals, totals)] a seed, difference over all images and seeds, over all images for these seeds; points)
-    "A table with a known truth."
+)->tuple:                 # pairs, the true difference, that of these seeds (points)
+    """A table with a known truth: [(totals, totals)] a seed, as `image_interval` takes them,
+    the difference over all images and seeds, and over all images for these seeds."""
+    # how often each of the two models succeeds, seed by seed
     q = .6 + rng.normal(0, seed_sd, (seeds, 2)) + [gain, 0]
+    # what is hard in an image is hard for each of its sentences, and for both models
     hard = np.repeat(stats.norm.ppf(rng.random(images)), sentences)
     union = np.repeat(rng.lognormal(6, .7, images), sentences)
-    own = lambda: stats.norm.cdf((hard + rng.standard_normal((seeds, 2, images*sentences)))/np.sqrt(2))
-    iou = np.where(own() < q[..., None], .8, .1)
-    by_image = lambda v: v.reshape(images, sentences).sum(1)
-    totals = lambda i: np.stack([by_image(union*i), by_image(union)] + [np.zeros(images)]*9, 1)
-    return [(totals(a), totals(b)) for a, b in iou], 70*gain, 70*float(np.diff(q.mean(0)[::-1])[0])
+    own = rng.standard_normal((seeds, 2, images*sentences))
+    iou = np.where(stats.norm.cdf((hard + own)/np.sqrt(2)) < q[..., None], .8, .1)
+    image_id = np.repeat(np.arange(images), sentences)
+    def totals(i):
+        return image_totals(dict(image_id=image_id, intersection=union*i, union=union,
+                                 hit=np.full(len(i), -1)))
+    pairs = [(totals(better), totals(worse)) for better, worse in iou]
+    better, worse = q.mean(0)
+    return pairs, 70*gain, 70*float(better - worse)
 
 # %% ../../nbs/evidence/05_claims.ipynb #dca5609a
 def coverage(
-    tables:int=500, seed:int=0, draws:int=500, # how many simulated tables; bootstrap draws
-    **simulation,                              # for `simulate_pairs`
-)->dict:                                       # share of the intervals that hold the truth, percent
+    tables:int=500, # how many simulated tables
+    seed:int=0,     # of the simulation
+    draws:int=500,  # of the bootstrap
+    **simulation,   # for `simulate_pairs`
+)->dict:            # share of the intervals that hold the truth, percent
     "How often each kind of interval holds the truth."
-    rng, held = np.random.default_rng(seed), []
+    def inside(low, high, truth): return low <= truth <= high
+    rng = np.random.default_rng(seed)
+    held = []
     for _ in range(tables):
         pairs, truth, of_these = simulate_pairs(rng, **simulation)
         e = effect(dict(enumerate(pairs)), 'oIoU', draws)
         seeds = truth + 70*rng.normal(0, .01*np.sqrt(2), e['seeds'])
-        naive = np.percentile(rng.choice(seeds, (500, len(seeds))).mean(1), [2.5, 97.5])
-        inside = lambda low, high, t: low <= t <= high
-        held.append((inside(e['image_low'], e['image_high'], of_these), inside(*seed_interval(seeds), truth), inside(e['low'], e['high'], truth), inside(*naive, truth)))
-    return dict(zip(('images', 'seeds', 'envelope', 'percentile over seeds'), 100*np.mean(held, axis=0)))
+        resampled = rng.choice(seeds, (500, len(seeds))).mean(1)
+        held.append({
+            'images': inside(e['image_low'], e['image_high'], of_these),
+            'seeds': inside(*seed_interval(seeds), truth),
+            'envelope': inside(e['low'], e['high'], truth),
+            'percentile over seeds': inside(*np.percentile(resampled, [2.5, 97.5]), truth)})
+    return (100*pd.DataFrame(held).mean()).to_dict()
