@@ -14,11 +14,14 @@ import jinja2, pandas as pd
 from .claims import CLAIMS, claims_frame, effects_frame
 from ..errors import KitError, atomic_path, disk_error, write_text
 from .experiments import FROZEN, preset_of, rows, run_name
-from .failures import BREAKDOWNS, breakdown, breakdown_bars, failures_frame, sentences_frame
+from .failures import (BREAKDOWNS, breakdown, breakdown_bars, failures_frame,
+                                       sentences_frame)
 from ..data.fetch import leak_note
-from .figures import figure4, figure5, filter_curve, load_examples, resolution_curve, save_figure, table2_bars, training_curves
+from .figures import (figure4, figure5, figure5_columns, filter_curve, load_examples,
+                                      resolution_curve, save_figure, table2_bars, training_curves)
 from ..data.refer import PUBLISHED_COUNTS
-from .tables import (intervals_frame, load_results, paper_table, results_frame, seg_grid_share, table_blocks, write_csv, write_table)
+from .tables import (intervals_frame, load_results, paper_table, results_frame,
+                                     seg_grid_share, table_blocks, write_csv, write_table)
 
 # %% ../../nbs/evidence/07_report.ipynb #8b46f080
 def wanted_rows(
@@ -28,35 +31,48 @@ def wanted_rows(
     "The cells that a report shall fill."
     frame = rows()
     if tables: frame = frame[frame.table.isin([str(t) for t in tables])]
-    return frame.assign(ours=frame.dataset.map(preset_of(preset)['datasets'])).reset_index(drop=True)
+    ours = frame.dataset.map(preset_of(preset)['datasets'])
+    return frame.assign(ours=ours).reset_index(drop=True)
 
 def missing_runs(
-    preset:str, wanted:pd.DataFrame, results:list, # of `wanted_rows` and `load_results`
-)->list: # names of runs that a row needs and no result tells of
+    preset:str,          # smoke, cpu, gpu or paper
+    wanted:pd.DataFrame, # of `wanted_rows`
+    results:list,        # of `load_results`
+)->list:                 # names of runs that a row needs and no result tells of
     "Which runs a report lacks, at seed 0 and at every seed that any of its runs has."
     there = {(r['experiment'], r['dataset'], r['seed']) for r in results}
     seeds = sorted({0} | {r['seed'] for r in results})
-    pairs = dict.fromkeys([*zip(wanted.experiment, wanted.ours), *zip(wanted.blind, wanted.ours)])
+    rows_need = zip(wanted.experiment, wanted.ours)
+    floors_need = zip(wanted.blind, wanted.ours)
+    pairs = dict.fromkeys([*rows_need, *floors_need])
     return [run_name(e, d, preset, s) for s in seeds for e, d in pairs if (e, d, s) not in there]
 
 # %% ../../nbs/evidence/07_report.ipynb #42f20ecb
 def controls(
     frame:pd.DataFrame,  # from `results_frame`
-)->pd.DataFrame:         # dataset, split, LTS, swapped, blind, pointing, ceiling (percent, means over seeds)
-    "The controls beside LTS on each split."
+)->pd.DataFrame:         # dataset, split, LTS, swapped, blind, pointing, ceiling (percent, means)
+    "The controls beside LTS on each split, means over seeds."
     mean = frame.groupby(['experiment', 'dataset', 'split', 'metric'])['value'].mean()
-    places = frame[frame.experiment == 'lts'][['dataset', 'split']].drop_duplicates().itertuples(index=False, name=None)
-    at = lambda e, d, s, m: mean.get((e, d, s, m), float('nan'))
-    out = [(d, s, at('lts', d, s, 'oIoU'), at('lts', d, s, 'swapped oIoU'), at('blind', d, s, 'oIoU'), at('lts', d, s, 'pointing'), at('lts', d, s, 'ceiling oIoU')) for d, s in places]
-    return pd.DataFrame(out, columns=['dataset', 'split', 'LTS', 'swapped', 'blind', 'pointing', 'ceiling'])
+    places = frame[frame.experiment == 'lts'][['dataset', 'split']].drop_duplicates()
+    out = []
+    for place in places.itertuples(index=False, name=None):
+        def of(experiment, metric): return mean.get((experiment, *place, metric), float('nan'))
+        out.append((*place, of('lts', 'oIoU'), of('lts', 'swapped oIoU'), of('blind', 'oIoU'),
+                    of('lts', 'pointing'), of('lts', 'ceiling oIoU')))
+    columns = ['dataset', 'split', 'LTS', 'swapped', 'blind', 'pointing', 'ceiling']
+    return pd.DataFrame(out, columns=columns)
 
 # %% ../../nbs/evidence/07_report.ipynb #d0bd6695
 def _circumstances(r):
     "One line of `runs_frame`."
     c, h = r['config'], r['hardware']
-    return dict(run=r['run'], experiment=r['experiment'], dataset=r['dataset'], seed=r['seed'], size=c['data']['size'], sentences=sum(x['samples'] for x in r['history']),
-        parameters=r['parameters'], gflops=r.get('gflops'), seconds=r['seconds']['total'], train_seconds=r['seconds']['train'], peak_memory_mb=r['peak_memory_mb'],
-        fingerprint=r['fingerprint'], commit=r['code']['commit'], torch=r['versions']['torch'], device=h['gpu'] or h['cpu'])
+    return dict(
+        run=r['run'], experiment=r['experiment'], dataset=r['dataset'], seed=r['seed'],
+        size=c['data']['size'], sentences=sum(x['samples'] for x in r['history']),
+        parameters=r['parameters'], gflops=r.get('gflops'),
+        seconds=r['seconds']['total'], train_seconds=r['seconds']['train'],
+        peak_memory_mb=r['peak_memory_mb'], fingerprint=r['fingerprint'],
+        commit=r['code']['commit'], torch=r['versions']['torch'], device=h['gpu'] or h['cpu'])
 
 def runs_frame(
     results:list,  # from `load_results`
@@ -65,129 +81,224 @@ def runs_frame(
     out = []
     for r in results:
         try: out.append(_circumstances(r))
-        except (KeyError, TypeError) as e: raise KitError(f'the result does not say how it was made: {e}', r['folder']/'result.json', 'Remove that folder and run lts reproduce again') from e
+        except (KeyError, TypeError) as e:
+            what = f'the result does not say how it was made: {e}'
+            mend = 'Remove that folder and run lts reproduce again'
+            raise KitError(what, r['folder']/'result.json', mend) from e
     return pd.DataFrame(out)
 
 # %% ../../nbs/evidence/07_report.ipynb #1c1c16a9
 def _flat(config, prefix=''):
-    "{'model.n': 1, …} of a nested configuration, without what names the run or says where it ran."
+    "{'model.n': 1, …} of a configuration, without what names the run or says where it ran."
     skip = ('run', 'experiment', 'preset', 'compute', 'splits')
-    items = [(f'{prefix}{k}', v) for k, v in config.items() if prefix or k not in skip]
-    return {a: b for k, v in items for a, b in (_flat(v, f'{k}.').items() if isinstance(v, dict) and v else [(k, v)])}
+    flat = {}
+    for k, v in config.items():
+        if not prefix and k in skip: continue
+        if isinstance(v, dict) and v: flat |= _flat(v, f'{prefix}{k}.')
+        else: flat[f'{prefix}{k}'] = v
+    return flat
 
 # %% ../../nbs/evidence/07_report.ipynb #0df795c5
 def config_differences(
     results:list,  # from `load_results`
-)->tuple:          # (base configuration, nested; DataFrame run, departs: "model.n=2, data.size=160")
-    "One configuration, and where each run departs from it. The base is the first LTS run, or the first run where there is none."
+)->tuple:          # base configuration, nested; DataFrame run, departs: "model.n=2, data.size=160"
+    """One configuration, and where each run departs from it.
+
+    The base is the first LTS run, or the first run where there is none."""
     base = next((r for r in results if r['experiment'] == 'lts'), results[0])['config']
-    flat, rows = _flat(base), []
+    flat = _flat(base)
+    rows = []
     for r in results:
         own = _flat(r['config'])
-        there = [f'{k}={json.dumps(own[k], ensure_ascii=False)}' if k in own else f'no {k}' for k in sorted({*flat, *own}) if own.get(k, ...) != flat.get(k, ...)]
-        rows.append((r['run'], ', '.join(there) or '–'))
+        departs = []
+        for k in sorted({*flat, *own}):
+            if own.get(k, ...) == flat.get(k, ...): continue
+            value = json.dumps(own[k], ensure_ascii=False) if k in own else None
+            departs.append(f'no {k}' if value is None else f'{k}={value}')
+        rows.append((r['run'], ', '.join(departs) or '–'))
     return base, pd.DataFrame(rows, columns=['run', 'departs'])
 
 # %% ../../nbs/evidence/07_report.ipynb #ef741df8
 def command_of(
-    preset:str, run,  # a line of `runs_frame`
+    preset:str, # smoke, cpu, gpu or paper
+    run,        # a line of `runs_frame`
 )->str:
     "The command that makes one run by itself."
-    return f'papermill nbs/runs/train.ipynb out.ipynb -p experiment {run.experiment} -p dataset {run.dataset} -p preset {preset} -p seed {run.seed}'
+    return (f'papermill nbs/runs/train.ipynb out.ipynb -p experiment {run.experiment} '
+            f'-p dataset {run.dataset} -p preset {preset} -p seed {run.seed}')
 
 # %% ../../nbs/evidence/07_report.ipynb #8b523b89
 def _examples(results, experiment, dataset, name='examples'):
     "Examples of the first seed's run, or an empty list."
-    found = [r for r in results if (r['experiment'], r['dataset']) == (experiment, dataset)]
+    wanted = experiment, dataset
+    found = [r for r in results if (r['experiment'], r['dataset']) == wanted]
     return load_examples(found[0]['folder'], name) if found else []
 
 def _sentences(examples): return [e['expression'] for e in examples]
 
+_captions = {
+    'figure4': 'Figure 4. Expression, image, position prior (sigmoid of the filter’s response), '
+               'predicted mask, ground truth; LTS, first seed, fixed sentences of the validation '
+               'split.',
+    'figure5': 'Figure 5. The same sentences without Seg, without Fusion, without Filter, and the '
+               'full model.',
+    'table2': 'Table 2, val: the paper’s IoU, ours, and what a perfect mask would reach on each '
+              'row’s grid.',
+    'resolution': 'Table 6: IoU by input resolution.',
+    'filters': 'Table 5: IoU by the number of filterings.',
+    'training': 'Training curves: the losses by epoch.'}
+
 # %% ../../nbs/evidence/07_report.ipynb #b41b23bc
 def make_figures(
-    results:list, frames:dict,  # from `load_results`; {table: frame}
-    dataset:str,                # the one that plays RefCOCO
-)->dict:                        # {name: (Figure, caption, sentences that it shows)}
+    results:list,  # from `load_results`
+    frames:dict,   # {table: frame}
+    dataset:str,   # the one that plays RefCOCO
+)->dict:           # {name: (Figure, caption, sentences that it shows)}
     "The report's figures, as many as the results allow."
-    out, lts = {}, _examples(results, 'lts', dataset)
-    if lts: out['figure4'] = figure4(lts[:6]), 'Figure 4. Expression, image, position prior (sigmoid of the filter’s response), predicted mask, ground truth; LTS, first seed, fixed sentences of the validation split.', _sentences(lts[:6])
-    parts = {e: _examples(results, e, dataset) for e in ('fusion-filter', 'filter-seg', 'fusion-seg', 'lts')}
-    if lts and all(parts.values()): out['figure5'] = figure5({e: x[:6] for e, x in parts.items()}), 'Figure 5. The same sentences without Seg, without Fusion, without Filter, and the full model.', []
-    if '2' in frames and frames['2'].ours.notna().any(): out['table2'] = table2_bars(frames['2']), 'Table 2, val: the paper’s IoU, ours, and what a perfect mask would reach on each row’s grid.', []
-    if '6' in frames and frames['6'].ours.notna().any(): out['resolution'] = resolution_curve(frames['6']), 'Table 6: IoU by input resolution.', []
-    if '5' in frames and frames['5'].ours.notna().any(): out['filters'] = filter_curve(frames['5']), 'Table 5: IoU by the number of filterings.', []
-    if results: out['training'] = training_curves(results), 'Training curves: the losses by epoch.', []
-    return out
+    def has(table): return table in frames and frames[table].ours.notna().any()
+    figures, shown = {}, {}
+    lts = _examples(results, 'lts', dataset)[:6]
+    if lts:
+        figures['figure4'] = figure4(lts)
+        shown['figure4'] = _sentences(lts)
+    parts = {e: _examples(results, e, dataset)[:6] for e in figure5_columns}
+    if all(parts.values()): figures['figure5'] = figure5(parts)
+    if has('2'): figures['table2'] = table2_bars(frames['2'])
+    if has('6'): figures['resolution'] = resolution_curve(frames['6'])
+    if has('5'): figures['filters'] = filter_curve(frames['5'])
+    if results: figures['training'] = training_curves(results)
+    return {name: (fig, _captions[name], shown.get(name, [])) for name, fig in figures.items()}
 
 # %% ../../nbs/evidence/07_report.ipynb #d3dd809f
 STYLE = """
-:root{color-scheme:light dark;--ink:#1c2430;--paper:#fff;--soft:#5b6675;--line:#d9dee6;--band:#f4f6f9;--mark:#0b63ce;--bad:#b3261e}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e9ee;--paper:#14181f;--soft:#9aa5b4;--line:#2e3643;--band:#1b212b;--mark:#7ab3ff;--bad:#ff8a80}}
-body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:76rem;margin:0 auto;padding:1.2rem}
-h1{line-height:1.15;margin:.2em 0}h2{margin-top:2.2em;border-bottom:1px solid var(--line)}p,li{max-width:70ch}
-.soft,figcaption,caption{color:var(--soft);font-size:.9em}.bad{color:var(--bad)}a{color:var(--mark)}
-.wide{overflow-x:auto;margin:1em 0}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
-th,td{padding:.25em .6em;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}th{background:var(--band)}
-th:first-child,td:first-child,.t{text-align:left}.t{white-space:normal;min-width:9rem}td.t:first-child{min-width:7rem}th[colspan]{text-align:center}caption{text-align:left;font-weight:600;padding:.5em 0}
-figure{margin:1.5em 0}img{max-width:100%;height:auto;background:#fff;border-radius:4px}code{font-size:.85em;overflow-wrap:anywhere}
+:root{color-scheme:light dark;--ink:#1c2430;--paper:#fff;--soft:#5b6675;
+  --line:#d9dee6;--band:#f4f6f9;--mark:#0b63ce;--bad:#b3261e}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ee;--paper:#14181f;--soft:#9aa5b4;
+  --line:#2e3643;--band:#1b212b;--mark:#7ab3ff;--bad:#ff8a80}}
+body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);
+  max-width:76rem;margin:0 auto;padding:1.2rem}
+h1{line-height:1.15;margin:.2em 0}
+h2{margin-top:2.2em;border-bottom:1px solid var(--line)}
+p,li{max-width:70ch}
+.soft,figcaption,caption{color:var(--soft);font-size:.9em}
+.bad{color:var(--bad)}
+a{color:var(--mark)}
+.wide{overflow-x:auto;margin:1em 0}
+table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
+th,td{padding:.25em .6em;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+th{background:var(--band)}
+th:first-child,td:first-child,.t{text-align:left}
+.t{white-space:normal;min-width:9rem}
+td.t:first-child{min-width:7rem}
+th[colspan]{text-align:center}
+caption{text-align:left;font-weight:600;padding:.5em 0}
+figure{margin:1.5em 0}
+img{max-width:100%;height:auto;background:#fff;border-radius:4px}
+code{font-size:.85em;overflow-wrap:anywhere}
 @page{size:A4 landscape;margin:11mm}
-@media print{body{max-width:none;font-size:9.5pt;padding:0}nav{display:none}h2,caption{break-after:avoid}figure,tr{break-inside:avoid}
-.wide{overflow:visible}table{font-size:6.3pt}th,td{padding:.2em .45em}.t{min-width:0}img{max-height:165mm;width:auto}
+@media print{body{max-width:none;font-size:9.5pt;padding:0}nav{display:none}
+h2,caption{break-after:avoid}figure,tr{break-inside:avoid}
+.wide{overflow:visible}table{font-size:6.3pt}th,td{padding:.2em .45em}.t{min-width:0}
+img{max-height:165mm;width:auto}
 details::details-content{content-visibility:visible;display:block}}
 """
 
 # %% ../../nbs/evidence/07_report.ipynb #c68c0dce
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+# jinja2's trim_blocks drops the line break behind a tag: a line may end behind any %}
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
 <title>LTS kit: {{ preset }}</title><style>{{ style|safe }}</style></head><body>
 <h1>Locate then Segment, rerun: preset {{ preset }}</h1>
 <p class="soft">{{ about }}</p>
 {% for note in notes %}<p class="bad">{{ note }}</p>{% endfor %}
-<nav>{% for id, title, _ in sections %}<a href="#{{ id }}">{{ title }}</a>{{ ' · ' if not loop.last }}{% endfor %}</nav>
+<nav>{% for id, title, _ in sections %}
+<a href="#{{ id }}">{{ title }}</a>{{ ' · ' if not loop.last }}{% endfor %}
+</nav>
 {% for id, title, parts in sections %}<section id="{{ id }}"><h2>{{ title }}</h2>
-{% for part in parts %}{% if part.warning %}<p class="bad">{{ part.warning }}</p>{% endif %}{% if part.text %}<p>{{ part.text }}</p>{% endif %}
-{% if part.grid %}<div class="wide"><table>{% if part.grid.caption %}<caption>{{ part.grid.caption }}</caption>{% endif %}
-<thead>{% for line in part.grid.head %}<tr>{% for text, span in line %}<th{% if span > 1 %} colspan="{{ span }}"{% elif loop.index0 in part.grid.wrap %} class="t"{% endif %}>{{ text }}</th>{% endfor %}</tr>{% endfor %}</thead>
-<tbody>{% for line in part.grid.body %}<tr>{% for text, best in line %}<td{% if loop.index0 in part.grid.wrap %} class="t"{% endif %}>{% if best %}<b>{{ text }}</b>{% else %}{{ text }}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endif %}
-{% if part.figure %}<figure><img alt="{{ part.caption }}" src="data:image/png;base64,{{ part.figure }}"><figcaption>{{ part.caption }}</figcaption>{% if part.lines %}<details><summary>The sentences as text</summary><ol>{% for line in part.lines %}<li>{{ line }}</li>{% endfor %}</ol></details>{% endif %}</figure>{% endif %}
-{% if part.codes %}<details><summary>{{ part.summary }}</summary>{% for c in part.codes %}<p><code>{{ c }}</code></p>{% endfor %}</details>{% endif %}
+{% for part in parts %}
+{% if part.warning %}<p class="bad">{{ part.warning }}</p>{% endif %}
+{% if part.text %}<p>{{ part.text }}</p>{% endif %}
+{% if part.grid %}<div class="wide"><table>{% if part.grid.caption %}
+<caption>{{ part.grid.caption }}</caption>{% endif %}
+<thead>{% for line in part.grid.head %}<tr>{% for text, span in line %}
+<th{% if span > 1 %} colspan="{{ span }}"{% elif loop.index0 in part.grid.wrap %}
+ class="t"{% endif %}>{{ text }}</th>{% endfor %}</tr>{% endfor %}</thead>
+<tbody>{% for line in part.grid.body %}<tr>{% for text, best in line %}
+<td{% if loop.index0 in part.grid.wrap %} class="t"{% endif %}>{% if best %}
+<b>{{ text }}</b>{% else %}{{ text }}{% endif %}</td>{% endfor %}
+</tr>{% endfor %}</tbody></table></div>{% endif %}
+{% if part.figure %}<figure>
+<img alt="{{ part.caption }}" src="data:image/png;base64,{{ part.figure }}">
+<figcaption>{{ part.caption }}</figcaption>{% if part.lines %}
+<details><summary>The sentences as text</summary><ol>{% for line in part.lines %}
+<li>{{ line }}</li>{% endfor %}</ol></details>{% endif %}</figure>{% endif %}
+{% if part.codes %}<details><summary>{{ part.summary }}</summary>{% for c in part.codes %}
+<p><code>{{ c }}</code></p>{% endfor %}</details>{% endif %}
 {% endfor %}</section>{% endfor %}</body></html>
 """
 
 # %% ../../nbs/evidence/07_report.ipynb #8c9c17e4
 def block_grid(
     block:dict,  # from `tables.table_blocks`
-)->dict:         # caption, head [[(text, span)]], body [[(text, best)]]
+)->dict:         # caption, wrap, head [[(text, span)]], body [[(text, best)]]
     "A block of a paper's table as lines of cells."
     extra, groups = block['extra'], block['groups']
-    head = [[('', 1 + len(extra))] + [(g, len(cs)) for g, cs in groups], [('', 1)] + [(e, 1) for e in extra] + [(c, 1) for _, cs in groups for c in cs]]
-    body = [[(label, False)] + [(v[i], False) for v in extra.values()] + [cs[c][i] for _, cs in groups for c in cs] for i, label in enumerate(block['labels'])]
+    names = [''] + list(extra) + [column for _, columns in groups for column in columns]
+    spans = [('', 1 + len(extra))] + [(title, len(columns)) for title, columns in groups]
+    head = [spans, [(name, 1) for name in names]]
+    body = []
+    for i, label in enumerate(block['labels']):
+        line = [(label, False)] + [(texts[i], False) for texts in extra.values()]
+        for _, columns in groups: line += [cells[i] for cells in columns.values()]
+        body.append(line)
     return dict(caption=block['title'], wrap=[], head=head, body=body)
 
+# %% ../../nbs/evidence/07_report.ipynb #e7442af9
 def frame_grid(
-    frame:pd.DataFrame, digits:int=1, caption:str='', # any; decimals of its floats; above the table
-    wrap=(),  # columns of running text
-)->dict:      # as `block_grid`
+    frame:pd.DataFrame, # any
+    digits:int=1,       # decimals of its floats
+    caption:str='',     # above the table
+    wrap=(),            # columns of running text
+)->dict:                # as `block_grid`
     "A data frame as lines of cells."
-    show = lambda v: '–' if pd.isna(v) else f'{v:.{digits}f}'.replace('-', '−') if isinstance(v, float) else str(v)
-    return dict(caption=caption, wrap=[frame.columns.get_loc(c) for c in wrap], head=[[(c, 1) for c in frame.columns]], body=[[(show(v), False) for v in line] for line in frame.itertuples(index=False)])
+    def shown(value):
+        if pd.isna(value): return '–'
+        if isinstance(value, float): return f'{value:.{digits}f}'.replace('-', '−')
+        return str(value)
+    body = []
+    for line in frame.itertuples(index=False): body.append([(shown(v), False) for v in line])
+    return dict(caption=caption, wrap=[frame.columns.get_loc(c) for c in wrap],
+                head=[[(c, 1) for c in frame.columns]], body=body)
 
 # %% ../../nbs/evidence/07_report.ipynb #ac65114f
-TITLES = {'1': 'Table 1: against the state of the art', '2': 'Table 2: ablation', '4': 'Table 4: transformer instead of filtering', '5': 'Table 5: filtering',
-          '6': 'Table 6: input resolution', '7': 'Table 7: all of it together'}
-HOW_TO_READ = ('Each cell: the paper’s number, ours, the difference, our mean IoU, and the span between blind floor (a model trained with other objects’ sentences) and ceiling '
-               '(a perfect mask through this row’s target grid and inference). IoU is overall IoU: an inference about the paper, not its word. The best of a column is bold.')
+TITLES = {
+    '1': 'Table 1: against the state of the art', '2': 'Table 2: ablation',
+    '4': 'Table 4: transformer instead of filtering', '5': 'Table 5: filtering',
+    '6': 'Table 6: input resolution', '7': 'Table 7: all of it together'}
+HOW_TO_READ = (
+    'Each cell: the paper’s number, ours, the difference, our mean IoU, and the span between blind '
+    'floor (a model trained with other objects’ sentences) and ceiling (a perfect mask through '
+    'this row’s target grid and inference). IoU is overall IoU: an inference about the paper, not '
+    'its word. The best of a column is bold.')
 
 # %% ../../nbs/evidence/07_report.ipynb #0e0ccddd
 def _table_section(t, frame, leak=''):
-    parts = [*([dict(warning=leak)] if leak else []), *([dict(text=HOW_TO_READ)] if t == '1' else [])]
-    return f'table{t}', TITLES[t], parts + [dict(grid=block_grid(b)) for b in table_blocks(t, frame)]
+    parts = []
+    if leak: parts.append(dict(warning=leak))
+    if t == '1': parts.append(dict(text=HOW_TO_READ))
+    parts += [dict(grid=block_grid(b)) for b in table_blocks(t, frame)]
+    return f'table{t}', TITLES[t], parts
 
 # %% ../../nbs/evidence/07_report.ipynb #40b8905e
-HOW_JUDGED = ('A claim is about overall IoU on val, in points. Its interval is the envelope of two 95 % intervals: over test images (paired bootstrap) and over training seeds (Student’s t). '
-              '“Reproduced”: it lies on the claimed side; “not reproduced”: on the other; “comparable” and “does not beat” allow a margin of one point.')
+HOW_JUDGED = (
+    'A claim is about overall IoU on val, in points. Its interval is the envelope of two 95 % '
+    'intervals: over test images (paired bootstrap) and over training seeds (Student’s t). '
+    '“Reproduced”: it lies on the claimed side; “not reproduced”: on the other; “comparable” and '
+    '“does not beat” allow a margin of one point.')
 
 # %% ../../nbs/evidence/07_report.ipynb #d7cd4b0a
-NAMES = {'refshapes': 'RefShapes', 'refshapes+': 'RefShapes+', 'refshapesg': 'RefShapesg', 'refcoco': 'RefCOCO', 'refcoco+': 'RefCOCO+', 'refcocog': 'RefCOCOg'}
+NAMES = {'refshapes': 'RefShapes', 'refshapes+': 'RefShapes+', 'refshapesg': 'RefShapesg',
+         'refcoco': 'RefCOCO', 'refcoco+': 'RefCOCO+', 'refcocog': 'RefCOCOg'}
 
 def _span(low, high, absolute):
     "An interval as text: with signs where it is one of a difference."
@@ -195,32 +306,65 @@ def _span(low, high, absolute):
     return '–' if pd.isna(low) else f'{low:{form}} … {high:{form}}'.replace('-', '−')
 
 def _claims_section(claims):
-    parts, absolute = [dict(text=HOW_JUDGED)], {c.claim for c in CLAIMS if c.test == 'at least'}
+    parts = [dict(text=HOW_JUDGED)]
+    absolute = {c.claim for c in CLAIMS if c.test == 'at least'}
     for dataset, c in claims.groupby('dataset', sort=False):
-        span = [_span(a, b, name in absolute) for name, a, b in zip(c.claim, c.low, c.high)]
-        shown = c.assign(interval=span, why=c.why.str.replace(r'(?<=[\[ ])-(?=\d)', '−', regex=True))[['claim', 'verdict', 'published', 'effect', 'interval', 'why', 'source']]
+        spans = [_span(a, b, name in absolute) for name, a, b in zip(c.claim, c.low, c.high)]
+        why = c.why.str.replace(r'(?<=[\[ ])-(?=\d)', '−', regex=True)
+        columns = ['claim', 'verdict', 'published', 'effect', 'interval', 'why', 'source']
+        shown = c.assign(interval=spans, why=why)[columns]
         counts = ', '.join(f'{n} {v}' for v, n in c.verdict.value_counts().items())
-        parts.append(dict(grid=frame_grid(shown, 2, f'Verdicts on {NAMES.get(dataset, dataset)}: {counts}', ['claim', 'verdict', 'why', 'source'])))
+        caption = f'Verdicts on {NAMES.get(dataset, dataset)}: {counts}'
+        grid = frame_grid(shown, 2, caption, ['claim', 'verdict', 'why', 'source'])
+        parts.append(dict(grid=grid))
     return 'claims', 'What of the paper holds here?', parts
 
 # %% ../../nbs/evidence/07_report.ipynb #e4be4901
+_how_failed = (
+    'A sentence fails where its IoU is 0.5 or less. Localisation: the prior’s maximum lies outside '
+    'the object (another object: the mask covers one); segmentation: it lies inside, and the mask '
+    'is bad all the same. LTS, all seeds, in percent.')
+_captions |= {
+    'breakdown': ' val by length of the sentence, share of the picture that the object covers, '
+                 'objects of its category in the picture, and kind of expression; bars: overall '
+                 'IoU with its 95 % interval over images; diamonds: pointing game; in brackets '
+                 'the number of sentences.',
+    'worst': 'The sentences with the lowest IoU, one an object: first those whose prior points '
+             'beside the object (localisation failed), then those whose prior points into it '
+             '(segmentation failed).'}
+
 def _failures_section(results, failures, parts, dataset):
     "What went wrong, where, and the worst sentences of the first LTS run."
     if failures.empty: return None
-    out = [dict(text='A sentence fails where its IoU is 0.5 or less. Localisation: the prior’s maximum lies outside the object (another object: the mask covers one); segmentation: it lies inside, and the mask is bad all the same. LTS, all seeds, in percent.'),
-           dict(grid=frame_grid(failures))]
-    if parts: out.append(dict(plot=(f'breakdown', breakdown_bars(parts), f'LTS on {dataset} val by length of the sentence, share of the picture that the object covers, objects of its category in the picture, and kind of expression; bars: overall IoU with its 95 % interval over images; diamonds: pointing game; in brackets the number of sentences.', [])))
+    out = [dict(text=_how_failed), dict(grid=frame_grid(failures))]
+    if parts:
+        caption = f'LTS on {dataset}' + _captions['breakdown']
+        out.append(dict(plot=('breakdown', breakdown_bars(parts), caption, [])))
     if worst := _examples(results, 'lts', dataset, 'worst'):
-        out.append(dict(plot=('worst', figure4(worst), 'The sentences with the lowest IoU, one an object: first those whose prior points beside the object (localisation failed), then those whose prior points into it (segmentation failed).', _sentences(worst))))
+        said = _sentences(worst)
+        out.append(dict(plot=('worst', figure4(worst), _captions['worst'], said)))
     return 'failures', 'What goes wrong?', out
 
 # %% ../../nbs/evidence/07_report.ipynb #8ab96089
+_how_controlled = (
+    'The sentence must decide. “swapped”: each prediction held against another object of its '
+    'image; “blind”: trained with other objects’ sentences. Overall IoU in percent; pointing: the '
+    'prior’s maximum lies in the object (the paper: 81.74).')
+_how_shared = (
+    'How much of the gain of Seg is only the finer grid: the row without Seg, scaled by the ratio '
+    'of the two grids’ ceilings, would gain “grid” points with no better model; “share” is that in '
+    'percent of the gain.')
+
+def _percent(share):
+    if pd.isna(share): return '–'
+    return 'over 100' if share > 100 else f'{share:.0f}'
+
 def _evidence_section(frame, results):
-    parts = [dict(text='The sentence must decide. “swapped”: each prediction held against another object of its image; “blind”: trained with other objects’ sentences. Overall IoU in percent; pointing: the prior’s maximum lies in the object (the paper: 81.74).'),
-             dict(grid=frame_grid(controls(frame)))]
-    share = seg_grid_share(results)
-    share = share.assign(share=[('over 100' if v > 100 else f'{v:.0f}') if pd.notna(v) else '–' for v in share.share])
-    if len(share): parts += [dict(text='How much of the gain of Seg is only the finer grid: the row without Seg, scaled by the ratio of the two grids’ ceilings, would gain “grid” points with no better model; “share” is that in percent of the gain.'), dict(grid=frame_grid(share))]
+    parts = [dict(text=_how_controlled), dict(grid=frame_grid(controls(frame)))]
+    grid = seg_grid_share(results)
+    if len(grid):
+        shown = grid.assign(share=[_percent(v) for v in grid.share])
+        parts += [dict(text=_how_shared), dict(grid=frame_grid(shown))]
     return 'evidence', 'Does it read, and what does the grid explain?', parts
 
 # %% ../../nbs/evidence/07_report.ipynb #e2c6ccc2
@@ -228,39 +372,68 @@ def _embed(part, folder):
     "A part whose plot, if it has one, is saved and embedded."
     if 'plot' not in part: return part
     name, fig, caption, lines = part['plot']
-    save_figure(fig, folder/f'{name}.png')
-    return dict(figure=base64.b64encode((folder/f'{name}.png').read_bytes()).decode(), caption=caption, lines=lines)
+    path = folder/f'{name}.png'
+    save_figure(fig, path)
+    return dict(figure=base64.b64encode(path.read_bytes()).decode(), caption=caption, lines=lines)
 
-def _figure_section(figures): return 'figures', 'Figures', [dict(plot=(name, *f)) for name, f in figures.items()]
+def _figure_section(figures):
+    return 'figures', 'Figures', [dict(plot=(name, *f)) for name, f in figures.items()]
 
 def _frozen(preset, dataset, print_):
     "A fingerprint, and whether it is the frozen one."
     frozen = FROZEN.get(preset, {}).get(dataset)
-    return print_ + ('' if frozen is None else ' (the frozen data)' if frozen == print_ else f' (NOT the frozen data, {frozen})')
+    if frozen is None: return print_
+    if frozen == print_: return f'{print_} (the frozen data)'
+    return f'{print_} (NOT the frozen data, {frozen})'
 
 # %% ../../nbs/evidence/07_report.ipynb #183fee41
+def _facts(preset, runs, first):
+    "Data, code and machine of a report, by name."
+    facts = [('data, seed and recipe', json.dumps(first['config']['data']['recipe']))]
+    for dataset, print_ in runs.groupby('dataset').fingerprint.first().items():
+        facts.append((f'fingerprint of {dataset}', _frozen(preset, dataset, print_)))
+    hours = runs.seconds.sum()/3600
+    most = runs.peak_memory_mb.max()
+    return facts + [
+        ('code', ', '.join(sorted({str(c) for c in runs.commit}))),
+        ('versions', json.dumps(first['versions'])),
+        ('hardware', json.dumps(first['hardware'])),
+        ('all runs together',
+         f'{hours:.2f} hours, one after the other; largest process {most:.0f} MB')]
+
 def _made_section(preset, runs, results):
     "Where the numbers come from."
+    facts = pd.DataFrame(_facts(preset, runs, results[0]), columns=['what', ''])
     shown = runs.drop(columns=['experiment', 'commit', 'torch', 'device', 'fingerprint'])
-    first, (base, departs) = results[0], config_differences(results)
-    facts = pd.DataFrame([('data, seed and recipe', json.dumps(first['config']['data']['recipe']))] + [(f'fingerprint of {d}', _frozen(preset, d, f)) for d, f in runs.groupby('dataset').fingerprint.first().items()] +
-        [('code', ', '.join(sorted({str(c) for c in runs.commit}))), ('versions', json.dumps(first['versions'])), ('hardware', json.dumps(first['hardware'])),
-         ('all runs together', f'{runs.seconds.sum()/3600:.2f} hours, one after the other; largest process {runs.peak_memory_mb.max():.0f} MB')], columns=['what', ''])
-    return 'made', 'How each number was made', [dict(grid=frame_grid(facts, wrap=[''])), dict(grid=frame_grid(shown)),
-        dict(text='Where each configuration departs from the one below it:'), dict(grid=frame_grid(departs, wrap=['departs'])),
-        dict(codes=[json.dumps(base, sort_keys=True, ensure_ascii=False)], summary=f'The configuration of {base.get("run", results[0]["run"])}, whole'),
-        dict(codes=[command_of(preset, r) for r in runs.itertuples()], summary='The command for each run')]
+    base, departs = config_differences(results)
+    whole = json.dumps(base, sort_keys=True, ensure_ascii=False)
+    named = base.get('run', results[0]['run'])
+    commands = [command_of(preset, r) for r in runs.itertuples()]
+    return 'made', 'How each number was made', [
+        dict(grid=frame_grid(facts, wrap=[''])),
+        dict(grid=frame_grid(shown)),
+        dict(text='Where each configuration departs from the one below it:'),
+        dict(grid=frame_grid(departs, wrap=['departs'])),
+        dict(codes=[whole], summary=f'The configuration of {named}, whole'),
+        dict(codes=commands, summary='The command for each run')]
 
 # %% ../../nbs/evidence/07_report.ipynb #7c4621e1
 def _evidence(results, preset):
     "{name: frame} of what stands behind the tables: claims, effects, failures, breakdown."
     effects = effects_frame(results, preset)
     datasets = list(preset_of(preset)['datasets'].values())
-    places = list(dict.fromkeys((r['dataset'], s) for d in datasets for r in results if r['dataset'] == d for s in r['metrics']))
-    parts = [breakdown(f, by).assign(dataset=d, by=by) for d in datasets if len(f := sentences_frame(results, 'lts', d)) for by in BREAKDOWNS]
-    columns = ['dataset', 'by', 'level', 'sentences', 'images', 'oIoU', 'low', 'high', 'mIoU', 'prec@0.5', 'pointing']
-    return dict(claims=claims_frame(results, preset, effects), effects=effects, failures=failures_frame(results, places),
-                breakdown=pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns))
+    places, parts = [], []
+    for d in datasets:
+        for r in results:
+            if r['dataset'] == d: places += [(d, s) for s in r['metrics']]
+        f = sentences_frame(results, 'lts', d)
+        if f.empty: continue
+        parts += [breakdown(f, by).assign(dataset=d, by=by) for by in BREAKDOWNS]
+    columns = ['dataset', 'by', 'level', 'sentences', 'images', 'oIoU', 'low', 'high', 'mIoU',
+               'prec@0.5', 'pointing']
+    bins = pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
+    return dict(claims=claims_frame(results, preset, effects), effects=effects,
+                failures=failures_frame(results, list(dict.fromkeys(places))), breakdown=bins)
 
 # %% ../../nbs/evidence/07_report.ipynb #6525ca4c
 def write_report(
@@ -269,20 +442,23 @@ def write_report(
     tables=None,        # table numbers; None: all
     failed=(),          # names of runs that failed
 )->dict:                # {'tables': {number: frame}, 'results': long frame, 'missing': [run]}
-    "Write every file of a report from the runs that are there. KitError where the folder cannot be written."
-    DIR, wanted = Path(DIR), wanted_rows(preset, tables)
+    "Write every file of a report from the runs that are there. KitError where that fails."
+    DIR = Path(DIR)
+    wanted = wanted_rows(preset, tables)
     results = load_results(DIR, preset)
     try: (DIR/'figures').mkdir(exist_ok=True)
     except OSError as e: raise disk_error(e, DIR/'figures') from e
-    frame, frames = results_frame(results), {t: paper_table(t, wanted, results) for t in dict.fromkeys(wanted.table)}
-    leak = leak_note(results)
-    for t, f in frames.items(): write_table(DIR, t, f, leak)
-    write_csv(DIR/'results.csv', frame)
-    write_csv(DIR/'intervals.csv', intervals_frame(results))
+    # the paper's tables
+    frame = results_frame(results)
+    frames = {t: paper_table(t, wanted, results) for t in dict.fromkeys(wanted.table)}
+    for t, f in frames.items(): write_table(DIR, t, f, leak_note(results))
+    # what stands behind them
     runs = runs_frame(results)
-    write_csv(DIR/'runs.csv', runs)
     evidence = _evidence(results, preset)
-    for name, table in (evidence | {'seg_grid': seg_grid_share(results)}).items(): write_csv(DIR/f'{name}.csv', table)
+    behind = dict(results=frame, intervals=intervals_frame(results), runs=runs, **evidence,
+                  seg_grid=seg_grid_share(results))
+    for name, table in behind.items(): write_csv(DIR/f'{name}.csv', table)
+    # the page
     missing = missing_runs(preset, wanted, results)
     _write_page(DIR, preset, results, frame, frames, runs, missing, failed, evidence)
     return dict(tables=frames, results=frame, missing=missing, **evidence)
@@ -291,36 +467,72 @@ def write_report(
 def _sections(DIR, preset, results, frame, frames, runs, evidence):
     "Every section that has something to say, its pictures embedded."
     dataset = preset_of(preset)['datasets']['refcoco']
-    sections = [_table_section(t, f, leak_note(results)) for t, f in frames.items()]
+    tables = [_table_section(t, f, leak_note(results)) for t, f in frames.items()]
+    sections = [_claims_section(evidence['claims'])]
     if results:
-        parts = {by: g for by, g in evidence['breakdown'].query('dataset == @dataset').groupby('by', sort=False)}
-        sections = [_evidence_section(frame, results), *sections, _failures_section(results, evidence['failures'], parts, dataset),
-                    _figure_section(make_figures(results, frames, dataset)), _made_section(preset, runs, results)]
-    return [(id, title, [_embed(p, DIR/'figures') for p in ps]) for id, title, ps in filter(None, [_claims_section(evidence['claims']), *sections])]
+        bins = evidence['breakdown'].query('dataset == @dataset').groupby('by', sort=False)
+        sections += [
+            _evidence_section(frame, results), *tables,
+            _failures_section(results, evidence['failures'], dict(list(bins)), dataset),
+            _figure_section(make_figures(results, frames, dataset)),
+            _made_section(preset, runs, results)]
+    else: sections += tables
+    embedded = []
+    for id, title, parts in filter(None, sections):
+        embedded.append((id, title, [_embed(p, DIR/'figures') for p in parts]))
+    return embedded
 
 # %% ../../nbs/evidence/07_report.ipynb #695861a7
+def _published_sentences():
+    "{(data set, split): sentences}, of RefCOCOg in the partition that the paper used."
+    counted = {}
+    for (dataset, by), counts in PUBLISHED_COUNTS.items():
+        if by == 'google': continue
+        for split, c in counts.items():
+            if 'sentences' in c: counted[dataset, split] = c['sentences']
+    return counted
+
 def _part_notes(results):
     "Which published splits were scored in part only: nothing said of them is said of the whole."
-    whole = {(d, s): c['sentences'] for (d, by), counts in PUBLISHED_COUNTS.items() if by != 'google' for s, c in counts.items() if 'sentences' in c}
-    scored = {(r['dataset'], s): int(m['n']) for r in results for s, m in r['metrics'].items() if m.get('n')}
-    said = [f'{d} {s} {n} of {whole[d, s]:,}' for (d, s), n in scored.items() if n != whole.get((d, s), n)]
-    return [f'Not the published splits: {", ".join(said)} sentences. No number here can be held against the paper\'s.'] if said else []
+    whole = _published_sentences()
+    scored = {}
+    for r in results:
+        for split, m in r['metrics'].items():
+            if m.get('n'): scored[r['dataset'], split] = int(m['n'])
+    said = []
+    for place, n in scored.items():
+        if n != whole.get(place, n): said.append(f'{" ".join(place)} {n} of {whole[place]:,}')
+    if not said: return []
+    return [f'Not the published splits: {", ".join(said)} sentences. '
+            "No number here can be held against the paper's."]
 
 # %% ../../nbs/evidence/07_report.ipynb #2d6c0c92
+def _about(results, dataset):
+    "What the report is made of, in two or three sentences."
+    runs = f'{len(results)} run{"s"*(len(results) != 1)}'
+    datasets = ', '.join(sorted({r['dataset'] for r in results})) or 'nothing'
+    seeds = ', '.join(map(str, sorted({r['seed'] for r in results}))) or 'none'
+    stand_in = 'RefShapes stands in for RefCOCO: a verdict here is a verdict on RefShapes. '
+    if not dataset.startswith('refshapes'): stand_in = ''
+    return (f'{runs} on {datasets}, seeds {seeds}. {stand_in}'
+            'The paper: Jing et al., Locate then Segment, CVPR 2021.')
+
 def _write_page(DIR, preset, results, frame, frames, runs, missing, failed, evidence):
     "Render `index.html`."
-    dataset = preset_of(preset)['datasets']['refcoco']
+    notes = _part_notes(results)
+    notes += [f'This run failed: {r} (see runs/{r}/train.ipynb).' for r in failed]
+    if missing: notes.append(f'Not run yet: {", ".join(missing)}.')
+    about = _about(results, preset_of(preset)['datasets']['refcoco'])
     sections = _sections(DIR, preset, results, frame, frames, runs, evidence)
-    notes = _part_notes(results) + [f'This run failed: {r} (see runs/{r}/train.ipynb).' for r in failed] + ([f'Not run yet: {", ".join(missing)}.'] if missing else [])
-    seeds = sorted({r['seed'] for r in results})
-    about = (f'{len(results)} run{"s"*(len(results) != 1)} on {", ".join(sorted({r["dataset"] for r in results})) or "nothing"}, seeds {", ".join(map(str, seeds)) or "none"}. '
-             + ('RefShapes stands in for RefCOCO: a verdict here is a verdict on RefShapes. ' if dataset.startswith('refshapes') else '')
-             + 'The paper: Jing et al., Locate then Segment, CVPR 2021.')
     page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    write_text(DIR/'index.html', page.render(preset=preset, style=STYLE, about=about, notes=notes, sections=sections))
+    html = page.render(preset=preset, style=STYLE, about=about, notes=notes, sections=sections)
+    write_text(DIR/'index.html', html)
 
 # %% ../../nbs/evidence/07_report.ipynb #da6b1083
-BROWSERS = ('chromium', 'chromium-browser', 'chromium-headless-shell', 'google-chrome', 'google-chrome-stable', 'chrome')
+BROWSERS = ('chromium', 'chromium-browser', 'chromium-headless-shell', 'google-chrome',
+            'google-chrome-stable', 'chrome')
+_flags = ['--headless', '--disable-gpu', '--no-first-run', '--disable-background-networking',
+          '--disable-extensions', '--no-pdf-header-footer', '--host-resolver-rules=MAP * ~NOTFOUND']
 
 # %% ../../nbs/evidence/07_report.ipynb #44dcc2ab
 def print_pdf(
@@ -328,13 +540,23 @@ def print_pdf(
     timeout=120,    # seconds
 )->str:             # a sentence: where the PDF is, or how to get one
     "The report as one PDF, where a browser can print it."
-    browser, page, pdf = next(filter(None, map(shutil.which, BROWSERS)), None), Path(DIR).resolve()/'index.html', Path(DIR)/'report.pdf'
-    if not browser: return f'For a PDF install Chromium (apt-get install chromium) and run lts report again, or print {page} from any browser.'
-    flags = ['--headless', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--disable-extensions', '--no-pdf-header-footer', '--host-resolver-rules=MAP * ~NOTFOUND']
-    if os.geteuid() == 0: flags.append('--no-sandbox')  # Chromium refuses to run as root otherwise
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    page = Path(DIR).resolve()/'index.html'
+    pdf = Path(DIR)/'report.pdf'
+    if not browser:
+        return ('For a PDF install Chromium (apt-get install chromium) and run lts report again, '
+                f'or print {page} from any browser.')
+    by_hand = 'Print the page from a browser'
+    # Chromium refuses to run as root otherwise
+    flags = _flags + (['--no-sandbox'] if os.geteuid() == 0 else [])
     with atomic_path(pdf) as tmp:
-        try: done = subprocess.run([browser, *flags, f'--user-data-dir={tmp}.profile', f'--print-to-pdf={tmp}', page.as_uri()], capture_output=True, text=True, timeout=timeout)
-        except subprocess.TimeoutExpired: raise KitError(f'{browser} did not print within {timeout} s', page, 'Print the page from a browser') from None
+        own = [f'--user-data-dir={tmp}.profile', f'--print-to-pdf={tmp}']
+        command = [browser, *flags, *own, page.as_uri()]
+        try: done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise KitError(f'{browser} did not print within {timeout} s', page, by_hand) from None
         finally: shutil.rmtree(f'{tmp}.profile', ignore_errors=True)
-        if done.returncode or not Path(tmp).stat().st_size: raise KitError(f'{browser} could not print: {done.stderr.strip()[-200:]}', page, 'Print the page from a browser')
+        if done.returncode or not Path(tmp).stat().st_size:
+            said = done.stderr.strip()[-200:]
+            raise KitError(f'{browser} could not print: {said}', page, by_hand)
     return f'As PDF: {pdf}'
