@@ -22,18 +22,20 @@ from ..training.run import Run, build_model, environment, evaluate, set_up, trai
 # %% ../../nbs/manual/02_throughput.ipynb #a36f4649
 def _counted(refer):
     "What a data set holds: objects to train on, sentences a split, images."
-    return dict(refs=len(refer.refs_of('train')) if 'train' in refer.splits() else 0, images=len({r.image_id for r in refer.refs.values()}),
+    return dict(refs=len(refer.refs_of('train')) if 'train' in refer.splits() else 0,
+                images=len({r.image_id for r in refer.refs.values()}),
                 sentences={s: len(refer.sentences_of(s)) for s in refer.splits()})
 
 def _published(counts):
     "The same from the published counts."
-    return dict(refs=counts['train']['refs'], images=counts['all']['images'], sentences={s: c['sentences'] for s, c in counts.items() if 'sentences' in c})
+    return dict(refs=counts['train']['refs'], images=counts['all']['images'],
+                sentences={s: c['sentences'] for s, c in counts.items() if 'sentences' in c})
 
 # %% ../../nbs/manual/02_throughput.ipynb #10dc5944
 def work_of(
     dataset:str,  # by our name
     root,         # the data's folder
-)->dict:          # refs (of the training split), images, sentences {split: n}; None where nobody knows
+)->dict:          # refs (for training), images, sentences {split: n}; None where nobody knows
     "How much there is to train on and to score in a data set, counted or as published."
     if (Path(root)/dataset/'instances.json').exists(): return _counted(Refer(root, dataset))
     counts = PUBLISHED_COUNTS.get((dataset, 'umd' if dataset == 'refcocog' else 'unc'))
@@ -47,10 +49,12 @@ def _open(config, root, folder):
     "As `train.prepare` does it, but on scenes made here and with random weights."
     run = Run(config, root, folder)
     run.acc, b = set_up(config['compute'], 0), config['backbone']
-    n, side = SCENES.get(run.acc.device.type, 12), (preset_of(config['preset'])['recipe'] or {}).get('side', COCO_SIDES)
+    n = SCENES.get(run.acc.device.type, 12)
+    side = (preset_of(config['preset'])['recipe'] or {}).get('side', COCO_SIDES)
     make_family(root, Recipe(seed=1, train=n, val=n//4, testA=1, testB=1, side=tuple(side)))
     run.refer = Refer(root, 'refshapes')
-    run.vocab, net = build_vocab(run.refer), Darknet53(b['width'], tuple(b['depths']), b['neck']).eval().requires_grad_(False)
+    run.vocab = build_vocab(run.refer)
+    net = Darknet53(b['width'], tuple(b['depths']), b['neck']).eval().requires_grad_(False)
     run.backbone, tail = split_backbone(net, b['tail'])
     run.model = build_model(config, run.vocab, net.channels, tail)
     return run
@@ -58,7 +62,8 @@ def _open(config, root, folder):
 # %% ../../nbs/manual/02_throughput.ipynb #3e21112d
 def _feature_seconds(run, folder):
     "Seconds an image in the frozen backbone, opening included; leaves the features in the run."
-    live, ids = LiveFeatures(run.refer, run.backbone, run.config['data']['size'], run.acc.device), sorted(run.refer.images)
+    live = LiveFeatures(run.refer, run.backbone, run.config['data']['size'], run.acc.device)
+    ids = sorted(run.refer.images)
     live(ids[:2])
     began = time.perf_counter()
     run.source = build_features(folder, live, ids, 'measured', progress=False)
@@ -69,9 +74,10 @@ def _training_rate(run, seconds):
     "Sentences a second in training, loading included."
     def steps(n):
         t = run.config['train'] | dict(epoch_refs=n*run.config['train']['batch'], epochs=1)
+        config = run.config | {'train': t}
         began = time.perf_counter()
-        done = train_model(run.model, run.samples('train'), run.source, run.config | {'train': t}, run.acc)[0]['samples']
-        return done, time.perf_counter() - began
+        history = train_model(run.model, run.samples('train'), run.source, config, run.acc)
+        return history[0]['samples'], time.perf_counter() - began
     steps(1)
     done, took = steps(1)
     if took < seconds/2: done, took = steps(int(seconds/took))
@@ -82,7 +88,8 @@ def _scoring_rate(run):
     "Sentences a second in scoring, at the original size."
     samples, c = run.samples('val'), run.config['compute']
     began = time.perf_counter()
-    evaluate(run.model, samples, run.source, run.acc.device, c['score_batch'], c['workers'], progress=False)
+    evaluate(run.model, samples, run.source, run.acc.device, c['score_batch'], c['workers'],
+             progress=False)
     return len(samples)/(time.perf_counter() - began)
 
 # %% ../../nbs/manual/02_throughput.ipynb #19d17a20
@@ -96,7 +103,8 @@ def _operations(preset, vocab, device):
         config = run_config(e, 'refcoco', preset)
         image = torch.zeros(1, 3, config['data']['size'], config['data']['size'], device=device)
         body = count_flops(frozen, image)[0]/1e9
-        total = model_summary(build_model(config, vocab, net.channels, tail).to(device), frozen, image.shape[-1]).GFLOPs['total']
+        model = build_model(config, vocab, net.channels, tail).to(device)
+        total = model_summary(model, frozen, image.shape[-1]).GFLOPs['total']
         out[e] = round(body, 4), round(float(total) - body, 4)
     return out
 
@@ -104,28 +112,38 @@ def _operations(preset, vocab, device):
 def measure(
     preset:str,        # whose sizes, precision and batch
     seconds:float=20., # of training steps, about
-)->dict: # device, torch, precision, train and score (sentences a second), feature_s and image_mb (of an image), gflops
-    "Measure what one LTS run of a preset does a second on this machine."
+)->dict:               # the rates, what they were measured on, and the operations of each row
+    """Measure what one LTS run of a preset does a second on this machine.
+
+    train and score: sentences a second; feature_s and image_mb: of an image; gflops: of each
+    experiment; beside them device, torch, precision, gpu and threads."""
     config = run_config('lts', 'refcoco', preset)
     config['data'] |= dict(dataset='refshapes', vectors=None)
     with tempfile.TemporaryDirectory(prefix='lts-measure-') as folder:
         run = _open(config, Path(folder)/'data', Path(folder)/'out')
         feature_s, image_mb = _feature_seconds(run, Path(folder)/'features')
-        rates = dict(feature_s=feature_s, image_mb=image_mb, train=_training_rate(run, seconds), score=_scoring_rate(run))
+        rates = dict(feature_s=feature_s, image_mb=image_mb,
+                     train=_training_rate(run, seconds), score=_scoring_rate(run))
         here = environment()
-        return dict(preset=preset, size=config['data']['size'], precision=run.acc.mixed_precision, torch=here['versions']['torch'],
-                    device=here['hardware']['gpu'] or here['hardware']['cpu'], gpu=run.acc.device.type == 'cuda', threads=here['hardware']['threads'],
-                    **{k: round(v, 5) for k, v in rates.items()}, gflops=_operations(preset, run.vocab, run.acc.device))
+        hardware = here['hardware']
+        return dict(
+            preset=preset, size=config['data']['size'], precision=run.acc.mixed_precision,
+            torch=here['versions']['torch'], device=hardware['gpu'] or hardware['cpu'],
+            gpu=run.acc.device.type == 'cuda', threads=hardware['threads'],
+            **{k: round(v, 5) for k, v in rates.items()},
+            gflops=_operations(preset, run.vocab, run.acc.device))
 
 # %% ../../nbs/manual/02_throughput.ipynb #8f12120e
 def _seconds(c, work, rates, features_stand):
     "One run's seconds: steps, scoring, features."
-    body, rest = (a/b for a, b in zip(rates['gflops'][c['experiment']], rates['gflops']['lts']))
+    own, lts = rates['gflops'][c['experiment']], rates['gflops']['lts']
+    body, rest = (a/b for a, b in zip(own, lts))
     trained = (c['train']['epoch_refs'] or work['refs'])*c['train']['epochs']
     scored = sum(work['sentences'].get(s, 0) for s in c['splits'])
     room = work['images']*rates['image_mb']*body <= c['compute']['cache_gb']*1024
     images = (0 if features_stand else work['images']) if room else trained + scored
-    return rest*(trained/rates['train'] + scored/rates['score']) + body*rates['feature_s']*images
+    steps = rest*(trained/rates['train'] + scored/rates['score'])
+    return steps + body*rates['feature_s']*images
 
 # %% ../../nbs/manual/02_throughput.ipynb #c9594569
 def estimate(
@@ -134,7 +152,9 @@ def estimate(
     root,         # the data's folder
 )->dict:          # {run: seconds}; a run of which too little is known is left out
     "How long runs will take on the machine that was measured."
-    out, seen, work = {}, set(), {name: work_of(name, root) for name in {c['dataset'] for c in configs}}
+    out, seen = {}, set()
+    names = {c['dataset'] for c in configs}
+    work = {name: work_of(name, root) for name in names}
     for c in configs:
         if work[c['dataset']] is None or c['experiment'] not in rates['gflops']: continue
         key = c['dataset'], c['data']['size']
@@ -144,24 +164,34 @@ def estimate(
 
 # %% ../../nbs/manual/02_throughput.ipynb #6652f548
 def keep_rates(
-    out, rates:dict, # the report's folder; from `measure`
+    out,        # the report's folder
+    rates:dict, # from `measure`
 ):
     "Write a measurement where `lts plan` finds it."
-    write_text(Path(out)/'throughput.json', json.dumps(rates, indent=1, sort_keys=True) + '\n')
+    text = json.dumps(rates, indent=1, sort_keys=True)
+    write_text(Path(out)/'throughput.json', text + '\n')
 
-_positive, _text = {'type': 'number', 'exclusiveMinimum': 0, 'maximum': 1e12}, {'type': 'string'}
+_positive = {'type': 'number', 'exclusiveMinimum': 0, 'maximum': 1e12}
+_text = {'type': 'string'}
 _pair = {'type': 'array', 'minItems': 2, 'maxItems': 2, 'items': _positive}
-_RATES = dict(type='object', required=['train', 'score', 'feature_s', 'image_mb', 'gflops', 'gpu', 'device'], properties=dict(
-    train=_positive, score=_positive, feature_s=_positive, image_mb=_positive, gpu={'type': 'boolean'}, device=_text, precision=_text,
-    gflops=dict(type='object', required=['lts'], additionalProperties=_pair)))
+_RATES = dict(
+    type='object',
+    required=['train', 'score', 'feature_s', 'image_mb', 'gflops', 'gpu', 'device'],
+    properties=dict(
+        train=_positive, score=_positive, feature_s=_positive, image_mb=_positive,
+        gpu={'type': 'boolean'}, device=_text, precision=_text,
+        gflops=dict(type='object', required=['lts'], additionalProperties=_pair)))
 
 def known_rates(
     *folders, # the report's folder first
 )->dict:      # None where there is none
     "The first measurement in some folders. KitError where it cannot be read."
-    for f in (Path(f)/'throughput.json' for f in folders):
+    again = 'Measure again: lts plan --measure'
+    for folder in folders:
+        f = Path(folder)/'throughput.json'
         if not f.exists(): continue
         try: rates = json.loads(f.read_text(), parse_constant=lambda nan: None)
-        except (OSError, ValueError, RecursionError) as e: raise KitError('the measurement cannot be read', f, 'Measure again: lts plan --measure') from e
-        check_schema(rates, _RATES, 'the measurement is not one of ours', f, 'Measure again: lts plan --measure')
+        except (OSError, ValueError, RecursionError) as e:
+            raise KitError('the measurement cannot be read', f, again) from e
+        check_schema(rates, _RATES, 'the measurement is not one of ours', f, again)
         return rates
