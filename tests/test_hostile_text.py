@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from lts_nb.manual import batch
 from lts_nb.evidence.experiments import run_config
-from lts_nb.training.run import ensure_backbone, ensure_data
+from lts_nb.training.opening import ensure_backbone, ensure_data
 
 EVIL = ['<img src=x onerror=alert(1)>', '</script><script>alert(2)</script>', '\\input{/etc/passwd} $x_1$', '| a | b |\n|---|---|', '=cmd()', '\x1b]0;mine\x07 [link](javascript:alert(3))']
 RAW = '<img src=x', '<script>alert', '</script><script', '\x1b]0;mine', '\\input{/etc'

@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['KIT', 'default_out', 'default_root', 'committed', 'make_plan', 'run_state', 'known_seconds', 'run_seconds',
-           'at_a_time', 'plan', 'describe_plan', 'missing_inputs', 'seconds_left', 'failure_of', 'release_features',
-           'reproduce', 'make_report']
+           'at_a_time', 'plan', 'describe_plan', 'describe_run', 'missing_inputs', 'seconds_left', 'failure_of',
+           'release_features', 'reproduce', 'make_report']
 
 # %% ../../nbs/manual/03_batch.ipynb #cf6fe094
 import json, os, re, shutil, signal, subprocess, sys, time
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from ..errors import KitError, disk_error, write_text
+from ..errors import KitError, disk_error, unknown_name, write_text
 from ..training.features import CachedFeatures
 from ..training.fit import terminate_as_interrupt
-from ..evidence.experiments import TABLES, module_closure, module_hashes, preset_of, runs_for
+from ..evidence.experiments import EXTRA, TABLES, run_config
+from ..training.config import describe_config
+from ..evidence.experiments import module_closure, module_hashes, preset_of, run_hashes, run_modules, runs_for
 from .throughput import estimate, known_rates
-from ..training.run import ensure_data, shared_backbone
+from ..training.opening import ensure_data, shared_backbone
 
 # %% ../../nbs/manual/03_batch.ipynb #08757bc3
 KIT = Path(__file__).resolve().parents[2] if '__file__' in globals() else Path.cwd().resolve().parents[1]
@@ -44,17 +47,26 @@ def committed(
 
 # %% ../../nbs/manual/03_batch.ipynb #7e104ebd
 def make_plan(
-    preset:str, tables, seeds:int, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
-    out:Path, root:Path,           # the report's folder; the data's
+    runs:list,   # configurations, from `runs_for`
+    tables,      # the numbers of the tables that they are for; None: all
+    seeds:int,   # runs of each row
+    out:Path,    # the report's folder
+    root:Path,   # the data's
 )->dict: # written to OUT/plan.json
     "The runs that some tables need, with all that makes them stale."
-    p, runs = preset_of(preset), runs_for(preset, tables, seeds)
-    ours = p['backbone']['weights'] == 'pretrained'
+    first = runs[0]
+    made_here = first.backbone.weights == 'pretrained'
     weights = [shared_backbone(r, out, root) for r in runs]
-    return dict(preset=preset, tables=list(tables or TABLES), seeds=seeds, out=str(out), root=str(root), kit=str(KIT), python=sys.executable,
-        runs=runs, recipe=p['recipe'], pretrain=runs[0]['backbone'] if ours else None, threads=p['compute']['threads'], gpu=p['compute']['device'] != 'cpu',
-        backbone=str(weights[0].relative_to(out)) if ours else None, backbones=[str(w.relative_to(out)) if ours else str(w) for w in weights],
-        modules=dict(train=module_closure('training.run'), backbone=module_closure('training.pretrain')))
+    plain = [r.plain() for r in runs]
+    modules = {m: run_modules(m) for m in {r.method for r in runs}}
+    return dict(
+        preset=first.preset, tables=list(tables or TABLES), seeds=seeds, out=str(out), root=str(root),
+        kit=str(KIT), python=sys.executable, runs=plain, recipe=plain[0]['data']['recipe'],
+        pretrain=plain[0]['backbone'] if made_here else None, threads=first.compute.threads,
+        gpu=first.compute.device != 'cpu',
+        backbone=str(weights[0].relative_to(out)) if made_here else None,
+        backbones=[str(w.relative_to(out)) if made_here else str(w) for w in weights],
+        modules=dict(methods=modules, backbone=module_closure('training.pretrain')))
 
 # %% ../../nbs/manual/03_batch.ipynb #91ab4be7
 def _result(out, run):
@@ -63,15 +75,15 @@ def _result(out, run):
 
 # %% ../../nbs/manual/03_batch.ipynb #552d43ef
 def run_state(
-    config:dict,  # of the run
+    config,       # of the run
     out,          # the report's folder
-    modules:dict, # hashes of the modules that training needs
+    modules:dict, # hashes of the modules that it needs, from `run_hashes`
     failed=(),    # names of runs whose last attempt failed
 )->tuple:         # (state, why)
     "Whether a run is done, stale, failed or missing, and why."
-    result = _result(out, config['run'])
-    if result is None: return ('failed', 'see its notebook') if config['run'] in failed else ('missing', '')
-    changed = [k for k in config if result['config'].get(k) != config[k]]
+    result, plain = _result(out, config.run), config.plain()
+    if result is None: return ('failed', 'see its notebook') if config.run in failed else ('missing', '')
+    changed = [k for k in plain if result['config'].get(k) != plain[k]]
     if changed: return 'stale', f'its {", ".join(changed)} changed'
     edited = [m for m, h in modules.items() if result['code']['modules'].get(m) != h]
     return ('stale', f'edited: {", ".join(edited)}') if edited else ('done', '')
@@ -91,18 +103,21 @@ def known_seconds(
 
 # %% ../../nbs/manual/03_batch.ipynb #b1073de2
 def run_seconds(
-    preset:str, runs:list, # smoke, cpu, gpu or paper; configurations
-    out, root,             # the report's folder; the data's
+    runs:list, # configurations
+    out,       # the report's folder
+    root,      # the data's
 )->dict:  # {run: seconds, or None}
     "How long runs will take: as such runs took, else as a measurement of this machine makes it."
+    preset = runs[0].preset
     took = known_seconds(preset, out)
-    known = {r['run']: took.get((r['experiment'], r['dataset'])) for r in runs}
+    known = {r.run: took.get((r.experiment, r.dataset)) for r in runs}
     rates = known_rates(out, committed(preset))
-    guess = estimate([r for r in runs if known[r['run']] is None], rates, root) if rates else {}
+    guess = estimate([r for r in runs if known[r.run] is None], rates, root) if rates else {}
     return known | guess
 
 def at_a_time(
-    preset:str, cores=None, # smoke, cpu, gpu or paper; processors (None: all)
+    preset:str, # smoke, cpu, gpu or paper
+    cores=None, # processors; None: all
 )->int:
     "Runs at a time: as many as the processors' threads allow, one on a GPU."
     c = preset_of(preset)['compute']
@@ -115,14 +130,19 @@ def _failed(out):
 
 # %% ../../nbs/manual/03_batch.ipynb #a3874540
 def plan(
-    preset:str='cpu', tables=None, seeds:int=1, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
-    cores=None, out=None, root=None,            # processors (None: all); the report's and the data's folder (None: the preset's)
+    preset:str='cpu',    # smoke, cpu, gpu or paper
+    tables=None,         # table numbers; None: all
+    seeds:int=1,         # runs of each row
+    out=None,            # the report's folder; None: the preset's
+    root=None,           # the data's folder; None: the preset's
+    pretrain:bool=False, # make the backbone here, even where the kit ships one
 )->pd.DataFrame: # run, state, why, seconds (estimate; NaN where nothing is known)
     "Each run and its state; changes nothing."
     out, root = Path(out or default_out(preset)), Path(root or default_root(preset))
-    runs, modules, failed = runs_for(preset, tables, seeds), module_hashes('training.run'), _failed(out)
-    seconds = run_seconds(preset, runs, out, root)
-    states = [(r['run'], *run_state(r, out, modules, failed), seconds[r['run']]) for r in runs]
+    runs, failed = runs_for(preset, tables, seeds, pretrain), _failed(out)
+    seconds = run_seconds(runs, out, root)
+    hashes = {m: module_hashes(*run_modules(m)) for m in {r.method for r in runs}}
+    states = [(r.run, *run_state(r, out, hashes[r.method], failed), seconds[r.run]) for r in runs]
     return pd.DataFrame(states, columns=['run', 'state', 'why', 'seconds'])
 
 # %% ../../nbs/manual/03_batch.ipynb #07af7935
@@ -143,37 +163,74 @@ def _rates_note(preset, out, rates, todo):
 
 # %% ../../nbs/manual/03_batch.ipynb #cf176bf4
 def describe_plan(
-    preset:str='cpu', tables=None, seeds:int=1, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
-    cores=None, out=None, root=None,            # processors (None: all); the report's and the data's folder (None: the preset's)
+    preset:str='cpu',    # smoke, cpu, gpu or paper
+    tables=None,         # table numbers; None: all
+    seeds:int=1,         # runs of each row
+    cores=None,          # processors; None: all
+    out=None,            # the report's folder; None: the preset's
+    root=None,           # the data's folder; None: the preset's
+    pretrain:bool=False, # make the backbone here, even where the kit ships one
 )->str:
     "The plan as text, with the time left where it can be estimated."
     out, root = Path(out or default_out(preset)), Path(root or default_root(preset))
-    table = plan(preset, tables, seeds, cores, out, root)
+    table = plan(preset, tables, seeds, out, root, pretrain)
     lines, todo = [], table[table.state != 'done']
     for r in table.itertuples():
-        took = '' if pd.isna(r.seconds) else f'{r.seconds:6.0f} s' if r.seconds < 9999 else f'{r.seconds/3600:6.1f} h'
+        hours = f'{r.seconds/3600:6.1f} h'
+        took = '' if pd.isna(r.seconds) else f'{r.seconds:6.0f} s' if r.seconds < 9999 else hours
         lines.append(f'{r.state:8} {r.run:40} {took}  {r.why}'.rstrip())
     counts = ', '.join(f'{n} {state}' for state, n in table.state.value_counts().items())
-    missing, rates = missing_inputs(preset, root, tables), known_rates(out, committed(preset))
+    missing, rates = missing_inputs(preset, root, tables, pretrain), known_rates(out, committed(preset))
     gpu = preset_of(preset)['compute']['device'] != 'cpu' and (not rates or rates['gpu'])
-    told = ['data/README.md says what each of them is, and whose.'] if missing else []
-    return '\n'.join([*lines, f'{counts}; {_time_left(todo.seconds, preset, cores, gpu)}.', *_rates_note(preset, out, rates, todo), *missing, *told])
+    lines.append(f'{counts}; {_time_left(todo.seconds, preset, cores, gpu)}.')
+    lines += _rates_note(preset, out, rates, todo)
+    if missing: lines += [*missing, 'data/README.md says what each of them is, and whose.']
+    return '\n'.join(lines)
+
+def describe_run(
+    run:str,             # its name, as `lts plan` lists it
+    preset:str='cpu',    # smoke, cpu, gpu or paper
+    tables=None,         # table numbers; None: all
+    seeds:int=1,         # runs of each row
+    pretrain:bool=False, # make the backbone here, even where the kit ships one
+)->str:
+    "A run's configuration, a line for each setting. KitError with the nearest names where there is no such run."
+    known = {r.run: r for r in runs_for(preset, tables, seeds, pretrain)}
+    for e in EXTRA:
+        extra = run_config(e, 'refcoco', preset, 0, pretrain)
+        known[extra.run] = extra
+    if run not in known: raise unknown_name(f'run of the preset {preset}', run, known)
+    lines = []
+    for name, value, described in describe_config(known[run]):
+        plain = json.dumps(asdict(value) if is_dataclass(value) else value, ensure_ascii=False)
+        lines.append(f'{name:24} {plain:24}  # {described}')
+    return '\n'.join(lines)
 
 # %% ../../nbs/manual/03_batch.ipynb #277a2d27
 def missing_inputs(
-    preset:str, root, # smoke, cpu, gpu or paper; the data's folder
-    tables=None,      # table numbers; None: all
+    preset:str,          # smoke, cpu, gpu or paper
+    root,                # the data's folder
+    tables=None,         # table numbers; None: all
+    pretrain:bool=False, # make the backbone here, even where the kit ships one
 )->list:  # sentences, empty where all is there
     "What some tables of a preset need and cannot make."
     p, root, out = preset_of(preset), Path(root), []
+    runs = runs_for(preset, tables, 1, pretrain)
     if p['recipe'] is None:
-        for name in dict.fromkeys(r['dataset'] for r in runs_for(preset, tables)):
-            if not (root/name/'instances.json').exists(): out.append(f'{name} is missing ({root/name}): lts data fetch {name} --root {root}')
-        if not any((root/d).is_dir() for d in ('images/mscoco/images/train2014', 'images/train2014', 'train2014')):
-            out.append(f'the COCO images are missing ({root}/images/mscoco/images/train2014): lts data fetch coco-train2014 --only-needed --root {root}')
-    if p['backbone']['weights'] != 'pretrained' and not (root/p['backbone']['weights']).exists():
-        out.append(f"the backbone weights are missing ({root/p['backbone']['weights']}): lts data fetch darknet --root {root}")
-    if p['vectors'] and not (root/p['vectors']).exists(): out.append(f"the word vectors are missing ({root/p['vectors']}): lts data fetch glove --root {root}")
+        for name in dict.fromkeys(r.dataset for r in runs):
+            if (root/name/'instances.json').exists(): continue
+            out.append(f'{name} is missing ({root/name}): lts data fetch {name} --root {root}')
+        places = 'images/mscoco/images/train2014', 'images/train2014', 'train2014'
+        if not any((root/place).is_dir() for place in places):
+            out.append(f'the COCO images are missing ({root}/{places[0]}): '
+                       f'lts data fetch coco-train2014 --only-needed --root {root}')
+    weights = shared_backbone(runs[0], root, root)
+    if p['backbone']['weights'] == 'shipped' and not pretrain and not weights.exists():
+        out.append(f'the backbone that the kit ships is missing ({weights}): lts reproduce --pretrain makes one')
+    if p['recipe'] is None and not weights.exists():
+        out.append(f'the backbone weights are missing ({weights}): lts data fetch darknet --root {root}')
+    if p['vectors'] and not (root/p['vectors']).exists():
+        out.append(f"the word vectors are missing ({root/p['vectors']}): lts data fetch glove --root {root}")
     return out
 
 # %% ../../nbs/manual/03_batch.ipynb #99b0ce37
@@ -196,11 +253,11 @@ def _command(out, cores, *config):
             '--cores', str(cores), '--resources', 'gpu=1', '--keep-going', '--rerun-incomplete', '--nolock', '--scheduler', 'greedy', '--quiet', 'rules']
 
 # %% ../../nbs/manual/03_batch.ipynb #93d3fe98
-def _snakemake(out, plan, cores):
+def _snakemake(out, plan, runs, cores):
     "Run Snakemake with a progress bar; returns when it has ended. Ctrl-C ends it and its jobs."
-    begun, known = time.time(), run_seconds(plan['preset'], plan['runs'], out, plan['root'])
-    modules, results = module_hashes('training.run'), {r['run']: out/'runs'/r['run']/'result.json' for r in plan['runs']}
-    todo = {r['run']: known[r['run']] for r in plan['runs'] if run_state(r, out, modules)[0] != 'done'}
+    begun, known = time.time(), run_seconds(runs, out, plan['root'])
+    results = {r.run: out/'runs'/r.run/'result.json' for r in runs}
+    todo = {r.run: known[r.run] for r in runs if run_state(r, out, run_hashes(r))[0] != 'done'}
     with open(out/'snakemake.log', 'w') as log:
         process = subprocess.Popen(_command(out, cores, 'tied=1'), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -287,31 +344,39 @@ def _shared_failure(out, plan):
 # %% ../../nbs/manual/03_batch.ipynb #87fd8992
 def release_features(
     out,          # the report's folder
-    config:dict,  # of the run that has just finished
+    config,       # of the run that has just finished
     source,       # its features
 ):
     "Delete a run's feature cache once no unfinished run of the plan needs it, where the preset wants that."
-    if config['compute'].get('keep_cache', True) or not isinstance(source, CachedFeatures): return
+    if config.compute.keep_cache or not isinstance(source, CachedFeatures): return
     try: runs = json.loads((Path(out)/'plan.json').read_text())['runs']
     except (OSError, ValueError): return
-    of = lambda r: (r['data']['size'], r['data']['recipe'] or r['dataset'])  # a RefShapes family shares its images
-    if all((Path(out)/'runs'/r['run']/'result.json').exists() for r in runs if of(r) == of(config)): shutil.rmtree(source.folder, ignore_errors=True)
+    def cache(r): return r['data']['size'], r['data']['recipe'] or r['dataset']  # a RefShapes family shares its images
+    same = [r['run'] for r in runs if cache(r) == cache(config.plain())]
+    if all((Path(out)/'runs'/run/'result.json').exists() for run in same): shutil.rmtree(source.folder, ignore_errors=True)
 
 # %% ../../nbs/manual/03_batch.ipynb #2dff15a7
 def reproduce(
-    preset:str='cpu', tables=None, seeds:int=1, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
-    cores=None, out=None, root=None,            # processors (None: all); the report's and the data's folder (None: the preset's)
+    preset:str='cpu',    # smoke, cpu, gpu or paper
+    tables=None,         # table numbers; None: all
+    seeds:int=1,         # runs of each row
+    cores=None,          # processors; None: all
+    out=None,            # the report's folder; None: the preset's
+    root=None,           # the data's folder; None: the preset's
+    pretrain:bool=False, # make the backbone here, even where the kit ships one
 )->int: # exit status: 0, or 1 where a run failed
     "Bring all runs of some tables up to date and write their report."
     out, root = Path(out or default_out(preset)).resolve(), Path(root or default_root(preset)).resolve()
-    runs_for(preset, tables, seeds)
-    if missing := missing_inputs(preset, root, tables): raise KitError('the preset needs what is not there: ' + '; '.join(missing), mend='data/README.md says what each of them is, and whose')
+    runs = runs_for(preset, tables, seeds, pretrain)
+    if missing := missing_inputs(preset, root, tables, pretrain):
+        raise KitError('the preset needs what is not there: ' + '; '.join(missing),
+                       mend='data/README.md says what each of them is, and whose')
     lock = _open_folder(out)
     try:
-        the_plan = make_plan(preset, tables, seeds, out, root)
+        the_plan = make_plan(runs, tables, seeds, out, root)
         write_text(out/'plan.json', json.dumps(the_plan, indent=1, sort_keys=True))
-        _snakemake(out, the_plan, cores or os.cpu_count() or 1)
-        failed = [r['run'] for r in the_plan['runs'] if not (out/'runs'/r['run']/'result.json').exists()]
+        _snakemake(out, the_plan, runs, cores or os.cpu_count() or 1)
+        failed = [r.run for r in runs if not (out/'runs'/r.run/'result.json').exists()]
         shared = _shared_failure(out, the_plan) if failed else None
         write_text(out/'failed.json', json.dumps(failed))
         _say_failures(out, [] if shared else failed, shared)
@@ -362,7 +427,7 @@ def _make_data(preset, root, stamp, workers):
     "Make the preset's RefShapes family and say so in a file."
     config = runs_for(preset, None, 1)[0]
     ensure_data(config, root, int(workers))
-    write_text(stamp, json.dumps(dict(root=str(root), recipe=config['data']['recipe'])))
+    write_text(stamp, json.dumps(dict(root=str(root), recipe=config.plain()['data']['recipe'])))
 
 if __name__ == '__main__' and sys.argv[1:2] == ['data']:
     try: _make_data(*sys.argv[2:6])
