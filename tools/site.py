@@ -206,7 +206,8 @@ def with_mathml(text):
     escape = lambda s: s.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
     out, at = [], 0
     for m in MATHS.finditer(text):
-        out += [escape(text[at:m.start()]), convert(m[1] or m[2], display='block' if m[1] else 'inline')]
+        formula = re.sub(r'_\{([A-Za-z]{3,})\}', r'_{\\text{\1}}', m[1] or m[2])  # f_{text}: a word, not a product
+        out += [escape(text[at:m.start()]), convert(formula, display='block' if m[1] else 'inline')]
         at = m.end()
     return BeautifulSoup(''.join([*out, escape(text[at:])]), 'html.parser')
 
