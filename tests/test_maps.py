@@ -58,7 +58,6 @@ def real():
 def words_of(name): return [t.text for t in ET.fromstring(DRAWN[name]).iter(f'{SVG}text')]
 
 
-@pytest.mark.slow
 def test_the_shapes_on_the_arrows_are_those_of_the_real_model(real):
     assert SHAPES == real
     drawn = {shape for name in DRAWN for words in words_of(name) for shape in re.findall(r'\d+(?:×\d+){2}', words)}

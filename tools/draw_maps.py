@@ -118,7 +118,7 @@ def part(room, x, y, w, h, title, lines, at=None):
     "A box of Figure 2 with its title and lines below it."
     pale, strong = COLOURS[room]
     at = y + 26 if at is None else at
-    rows = [text(x + w/2, at + 22*(i + 1), line, 15) for i, line in enumerate(lines)]
+    rows = [text(x + w/2, at + 22*(i + 1), line, 15) for i, line in enumerate(lines) if line]
     return link(room, rect(x, y, w, h, pale, strong), text(x + w/2, at, title, 18, weight='bold', colour=strong), *rows)
 
 
