@@ -41,7 +41,7 @@ def text(x, y, words, size=15, anchor='middle', weight=None, colour=INK, mono=Fa
 
 def link(room, *parts):
     "Parts of a drawing that lead to a notebook's page."
-    return '\n'.join([f'<a href="{ROOMS[room]}">', *parts, '</a>'])
+    return '\n'.join([f'<a href="{ROOMS[room]}" aria-label="notebook: {room}">', *parts, '</a>'])
 
 
 def rect(x, y, w, h, fill, stroke, width=2, dash=None, radius=9):
