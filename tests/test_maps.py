@@ -1,4 +1,4 @@
-"The drawings under nbs/images: written by their script, with links that lead somewhere and the shapes of the real model."
+"The drawings and the front door: links that lead somewhere, and the shapes of the real model."
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -13,7 +13,7 @@ from lts_nb.model.darknet import Darknet53, split_backbone
 from lts_nb.model.lts import LTS, LTSConfig
 from parts import ROOT, rooms
 
-COMING = {'method'}  # rooms that a drawing knows before their notebook stands: delete this line when it does
+COMING = {'method'}  # rooms that a drawing knows before their notebook stands
 DRAWN = drawings()
 WORDS, SIZE = 15, 416
 SVG = '{http://www.w3.org/2000/svg}'
@@ -31,8 +31,11 @@ def real():
     image, upsampled = torch.zeros(1, 3, SIZE, SIZE), []
     seen = {'image': as_text(image)}
 
-    def reads(name, module): module.register_forward_hook(lambda m, ins, out: seen.update({name: as_text(ins[0])}))
-    def writes(name, module): module.register_forward_hook(lambda m, ins, out: seen.update({name: as_text(out)}))
+    def reads(name, module):
+        module.register_forward_hook(lambda m, ins, out: seen.update({name: as_text(ins[0])}))
+
+    def writes(name, module):
+        module.register_forward_hook(lambda m, ins, out: seen.update({name: as_text(out)}))
 
     def upsample_to(x, size):
         upsampled.append(x)
@@ -50,7 +53,8 @@ def real():
     writes('aspp', model.segment.aspp)
     writes('deconv', model.segment.up[0])
     writes('P_mask', model.segment)
-    model.language.register_forward_hook(lambda m, ins, out: seen.update(h_t=as_text(out[0]), f_text=as_text(out[1])))
+    def writes_text(m, ins, out): seen.update(h_t=as_text(out[0]), f_text=as_text(out[1]))
+    model.language.register_forward_hook(writes_text)
     with torch.inference_mode(), patch.object(fusion, 'upsample_to', upsample_to):
         model(frozen(image), torch.full((1, WORDS), 2), torch.tensor([WORDS]))
     seen['F_m1'], seen['F_m2'] = map(as_text, upsampled)
@@ -62,7 +66,8 @@ def words_of(name): return [t.text for t in ET.fromstring(DRAWN[name]).iter(f'{S
 
 def test_the_shapes_on_the_arrows_are_those_of_the_real_model(real):
     assert SHAPES == real
-    drawn = {shape for name in DRAWN for words in words_of(name) for shape in re.findall(r'\d+(?:×\d+){2}', words)}
+    words = ' '.join(word for name in DRAWN for word in words_of(name))
+    drawn = set(re.findall(r'\d+(?:×\d+){2}', words))
     assert {s for s in SHAPES.values() if s.count('×') == 2} - drawn == set(), 'a shape that no drawing shows'
     assert drawn <= set(real.values()), 'a drawing shows a shape that the model does not have'
     assert RATES == LTSConfig().aspp_rates
@@ -95,8 +100,8 @@ def test_a_drawing_says_what_it_shows_and_can_be_read(name):
 
 @pytest.mark.parametrize('room', [n[4:-4] for n in DRAWN if n.startswith('map-')])
 def test_a_small_map_lights_one_box(room):
-    lit = [r for r in ET.fromstring(DRAWN[f'map-{room}.svg']).iter(f'{SVG}rect') if r.get('stroke-width') == '3']
-    assert len(lit) == 1
+    boxes = ET.fromstring(DRAWN[f'map-{room}.svg']).iter(f'{SVG}rect')
+    assert sum(box.get('stroke-width') == '3' for box in boxes) == 1
 
 
 DOOR = ROOT/'nbs'/'start'/'01_front_door.ipynb'
@@ -107,7 +112,7 @@ def door():
     cells = json.loads(DOOR.read_text(encoding='utf-8'))['cells']
     shown = [''.join(c['source']) for c in cells if c['cell_type'] == 'markdown']
     for c in cells:
-        for output in c.get('outputs', []): shown.append(''.join(output.get('data', {}).get('text/markdown', '')))
+        shown += [''.join(o.get('data', {}).get('text/markdown', '')) for o in c.get('outputs', [])]
     return '\n'.join(shown)
 
 
