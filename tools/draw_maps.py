@@ -22,7 +22,7 @@ ROOMS = dict(
     data='../data/01_refer.html', image='../data/04_letterbox.html', sentence='../data/03_text.html',
     darknet='../model/01_darknet.html', language='../model/02_language.html', fusion='../model/03_fusion.html',
     locate='../model/04_locate.html', segment='../model/05_segment.html', losses='../model/06_losses.html',
-    lts='../model/07_lts.html', method='../model/08_method.html', training='../training/02_fit.html',
+    lts='../model/08_lts.html', method='../model/07_method.html', training='../training/02_fit.html',
     prediction='../start/02_first_prediction.html')
 
 COLOURS = dict(  # name -> (pale, strong)

@@ -176,8 +176,8 @@ def describe_plan(
     table = plan(preset, tables, seeds, out, root, pretrain)
     lines, todo = [], table[table.state != 'done']
     for r in table.itertuples():
-        hours = f'{r.seconds/3600:6.1f} h'
-        took = '' if pd.isna(r.seconds) else f'{r.seconds:6.0f} s' if r.seconds < 9999 else hours
+        took = ''
+        if not pd.isna(r.seconds): took = f'{r.seconds:6.0f} s' if r.seconds < 9999 else f'{r.seconds/3600:6.1f} h'
         lines.append(f'{r.state:8} {r.run:40} {took}  {r.why}'.rstrip())
     counts = ', '.join(f'{n} {state}' for state, n in table.state.value_counts().items())
     missing, rates = missing_inputs(preset, root, tables, pretrain), known_rates(out, committed(preset))

@@ -13,11 +13,15 @@ from ..model.darknet import Darknet53, split_backbone
 from ..errors import KitError, check_schema, write_text
 from ..evidence.experiments import EXPERIMENTS, preset_of, run_config, runs_for
 from ..training.features import LiveFeatures, build_features, cache_bytes
-from ..model.lts import count_flops, model_summary
+from ..model.method import count_flops
 from ..data.refer import PUBLISHED_COUNTS, Refer
 from ..data.shapes import Recipe, make_family
 from ..data.text import build_vocab
-from ..training.run import Run, build_model, environment, evaluate, set_up, train_model
+from ..training.config import BackboneConfig, method_of
+from ..training.opening import build_model, set_up
+from ..training.run import Run, environment
+from ..training.scoring import evaluate
+from ..training.train import train_model
 
 # %% ../../nbs/manual/02_throughput.ipynb #a36f4649
 def _counted(refer):
@@ -46,19 +50,22 @@ COCO_SIDES = 480, 640   # pixels
 def _open(config, root, folder):
     "As `train.prepare` does it, but on scenes made here and with random weights."
     run = Run(config, root, folder)
-    run.acc, b = set_up(config['compute'], 0), config['backbone']
-    n, side = SCENES.get(run.acc.device.type, 12), (preset_of(config['preset'])['recipe'] or {}).get('side', COCO_SIDES)
+    run.acc, b = set_up(config.compute, 0), config.backbone
+    n = SCENES.get(run.acc.device.type, 12)
+    side = (preset_of(config.preset)['recipe'] or {}).get('side', COCO_SIDES)
     make_family(root, Recipe(seed=1, train=n, val=n//4, testA=1, testB=1, side=tuple(side)))
     run.refer = Refer(root, 'refshapes')
-    run.vocab, net = build_vocab(run.refer), Darknet53(b['width'], tuple(b['depths']), b['neck']).eval().requires_grad_(False)
-    run.backbone, tail = split_backbone(net, b['tail'])
+    run.vocab = build_vocab(run.refer)
+    net = Darknet53(b.width, b.depths, b.neck).eval().requires_grad_(False)
+    run.backbone, tail = split_backbone(net, b.tail)
     run.model = build_model(config, run.vocab, net.channels, tail)
     return run
 
 # %% ../../nbs/manual/02_throughput.ipynb #3e21112d
 def _feature_seconds(run, folder):
     "Seconds an image in the frozen backbone, opening included; leaves the features in the run."
-    live, ids = LiveFeatures(run.refer, run.backbone, run.config['data']['size'], run.acc.device), sorted(run.refer.images)
+    live = LiveFeatures(run.refer, run.backbone, run.config.data.size, run.acc.device)
+    ids = sorted(run.refer.images)
     live(ids[:2])
     began = time.perf_counter()
     run.source = build_features(folder, live, ids, 'measured', progress=False)
@@ -68,9 +75,9 @@ def _feature_seconds(run, folder):
 def _training_rate(run, seconds):
     "Sentences a second in training, loading included."
     def steps(n):
-        t = run.config['train'] | dict(epoch_refs=n*run.config['train']['batch'], epochs=1)
+        t = run.config.train.replace(epoch_refs=n*run.config.train.batch, epochs=1)
         began = time.perf_counter()
-        done = train_model(run.model, run.samples('train'), run.source, run.config | {'train': t}, run.acc)[0]['samples']
+        done = train_model(run.model, run.samples('train'), run.source, run.config.replace(train=t), run.acc)[0]['samples']
         return done, time.perf_counter() - began
     steps(1)
     done, took = steps(1)
@@ -80,23 +87,26 @@ def _training_rate(run, seconds):
 # %% ../../nbs/manual/02_throughput.ipynb #5e2b2b41
 def _scoring_rate(run):
     "Sentences a second in scoring, at the original size."
-    samples, c = run.samples('val'), run.config['compute']
+    samples, c = run.samples('val'), run.config.compute
     began = time.perf_counter()
-    evaluate(run.model, samples, run.source, run.acc.device, c['score_batch'], c['workers'], progress=False)
+    evaluate(run.model, samples, run.source, run.method, run.config.model, run.acc.device, c.score_batch, c.workers,
+             progress=False)
     return len(samples)/(time.perf_counter() - began)
 
 # %% ../../nbs/manual/02_throughput.ipynb #19d17a20
 def _operations(preset, vocab, device):
     "{experiment: (GFLOPs of the frozen backbone, of all that trains)} for one image and sentence."
-    out, b = {}, preset_of(preset)['backbone']
-    net = Darknet53(b['width'], tuple(b['depths']), b['neck']).eval()
-    frozen, tail = split_backbone(net, b['tail'])
+    out, b = {}, BackboneConfig(**preset_of(preset)['backbone'])
+    net = Darknet53(b.width, b.depths, b.neck).eval()
+    frozen, tail = split_backbone(net, b.tail)
     frozen = frozen.to(device)
     for e in EXPERIMENTS:
         config = run_config(e, 'refcoco', preset)
-        image = torch.zeros(1, 3, config['data']['size'], config['data']['size'], device=device)
+        method, size = method_of(config.method), config.data.size
+        image = torch.zeros(1, 3, size, size, device=device)
         body = count_flops(frozen, image)[0]/1e9
-        total = model_summary(build_model(config, vocab, net.channels, tail).to(device), frozen, image.shape[-1]).GFLOPs['total']
+        model = build_model(config, vocab, net.channels, tail).to(device)
+        total = method.summary(model, frozen, size).GFLOPs['total']
         out[e] = round(body, 4), round(float(total) - body, 4)
     return out
 
@@ -107,23 +117,23 @@ def measure(
 )->dict: # device, torch, precision, train and score (sentences a second), feature_s and image_mb (of an image), gflops
     "Measure what one LTS run of a preset does a second on this machine."
     config = run_config('lts', 'refcoco', preset)
-    config['data'] |= dict(dataset='refshapes', vectors=None)
+    config = config.replace(data=config.data.replace(dataset='refshapes', vectors=None))
     with tempfile.TemporaryDirectory(prefix='lts-measure-') as folder:
         run = _open(config, Path(folder)/'data', Path(folder)/'out')
         feature_s, image_mb = _feature_seconds(run, Path(folder)/'features')
         rates = dict(feature_s=feature_s, image_mb=image_mb, train=_training_rate(run, seconds), score=_scoring_rate(run))
         here = environment()
-        return dict(preset=preset, size=config['data']['size'], precision=run.acc.mixed_precision, torch=here['versions']['torch'],
+        return dict(preset=preset, size=config.data.size, precision=run.acc.mixed_precision, torch=here['versions']['torch'],
                     device=here['hardware']['gpu'] or here['hardware']['cpu'], gpu=run.acc.device.type == 'cuda', threads=here['hardware']['threads'],
                     **{k: round(v, 5) for k, v in rates.items()}, gflops=_operations(preset, run.vocab, run.acc.device))
 
 # %% ../../nbs/manual/02_throughput.ipynb #8f12120e
 def _seconds(c, work, rates, features_stand):
     "One run's seconds: steps, scoring, features."
-    body, rest = (a/b for a, b in zip(rates['gflops'][c['experiment']], rates['gflops']['lts']))
-    trained = (c['train']['epoch_refs'] or work['refs'])*c['train']['epochs']
-    scored = sum(work['sentences'].get(s, 0) for s in c['splits'])
-    room = work['images']*rates['image_mb']*body <= c['compute']['cache_gb']*1024
+    body, rest = (a/b for a, b in zip(rates['gflops'][c.experiment], rates['gflops']['lts']))
+    trained = (c.train.epoch_refs or work['refs'])*c.train.epochs
+    scored = sum(work['sentences'].get(s, 0) for s in c.splits)
+    room = work['images']*rates['image_mb']*body <= c.compute.cache_gb*1024
     images = (0 if features_stand else work['images']) if room else trained + scored
     return rest*(trained/rates['train'] + scored/rates['score']) + body*rates['feature_s']*images
 
@@ -134,11 +144,11 @@ def estimate(
     root,         # the data's folder
 )->dict:          # {run: seconds}; a run of which too little is known is left out
     "How long runs will take on the machine that was measured."
-    out, seen, work = {}, set(), {name: work_of(name, root) for name in {c['dataset'] for c in configs}}
+    out, seen, work = {}, set(), {name: work_of(name, root) for name in {c.dataset for c in configs}}
     for c in configs:
-        if work[c['dataset']] is None or c['experiment'] not in rates['gflops']: continue
-        key = c['dataset'], c['data']['size']
-        out[c['run']] = _seconds(c, work[c['dataset']], rates, key in seen)
+        if work[c.dataset] is None or c.experiment not in rates['gflops']: continue
+        key = c.dataset, c.data.size
+        out[c.run] = _seconds(c, work[c.dataset], rates, key in seen)
         seen.add(key)
     return out
 
