@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from scipy import stats
 from ..errors import KitError, atomic_path, check_schema, check_unpacked, write_text
+from .experiments import EXPERIMENTS
 from .paper import dataset_titles, methods, published
+from ..training.config import RunConfig, method_of
 
 # %% ../../nbs/evidence/03_tables.ipynb #71712da4
 def _object(required=(), **properties): return {'type': 'object', 'required': list(required), 'properties': properties}
@@ -23,7 +25,7 @@ _text, _number = {'type': 'string'}, {'type': ['number', 'null'], 'minimum': -1e
 SCHEMA = _object(('run', 'experiment', 'dataset', 'preset', 'seed', 'metrics'),  # of result.json; what a table or the report reads
     run=_text, experiment=_text, dataset=_text, preset=_text, fingerprint=_text, seed={'type': 'integer', 'minimum': 0, 'maximum': 10**6},
     metrics=_each(_each(_number)), ceiling=_each(_each(_number)), controls=_each(_each(_each(_number))), history={'type': 'array', 'items': _each(_number)},
-    config=_object(data=_object(size={'type': 'integer'})), seconds=_each(_number), versions={'type': 'object'}, code={'type': 'object'},
+    config={'type': 'object'}, seconds=_each(_number), versions={'type': 'object'}, code={'type': 'object'},
     hardware={'type': 'object'}, parameters=_number, gflops=_number, peak_memory_mb=_number, backbone={'type': ['object', 'null']})
 
 def load_arrays(
@@ -38,6 +40,7 @@ def _load(path):
     try: result = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError) as e: raise KitError(f'the result cannot be read: {e}', path, mend) from e
     check_schema(result, SCHEMA, 'the result is not one of ours', path, mend)
+    if 'config' in result: RunConfig.read(result['config'], path, mend)
     return {**result, 'folder': path.parent}
 
 # %% ../../nbs/evidence/03_tables.ipynb #5fcd0941
@@ -221,6 +224,15 @@ def _extra(table, labels, t):
         return {'ours at': [f'{int(at[r])}×{int(at[r])}' if r in at else '–' for r in labels]}
     return {}
 
+def _notes(labels, t):
+    "What the methods of some rows want a reader to know: a column, or nothing where no method has notes."
+    experiment = t.dropna(subset=['experiment']).drop_duplicates('row').set_index('row').experiment
+    said = []
+    for label in labels:
+        known = EXPERIMENTS.get(experiment.get(label))
+        said.append('' if known is None else ' '.join(method_of(known.get('method', 'lts')).notes))
+    return {'notes': said} if any(said) else {}
+
 # %% ../../nbs/evidence/03_tables.ipynb #98bf4382
 def table_blocks(
     table:str,          # "1" … "7"
@@ -237,7 +249,7 @@ def table_blocks(
             best = {'paper': _best(g.paper), 'ours': _best(g.ours)}
             columns = {c: list(zip(v, best.get(c, [False] * len(v)))) for c, v in _cells(g, name if group_by == 'metric' else 'IoU').items()}
             groups.append((title(name), columns))
-        blocks.append(dict(title=title(key), extra=_extra(str(table), labels, b), labels=labels, groups=groups))
+        blocks.append(dict(title=title(key), extra=_extra(str(table), labels, b) | _notes(labels, b), labels=labels, groups=groups))
     return blocks
 
 # %% ../../nbs/evidence/03_tables.ipynb #52b1b7f0

@@ -42,7 +42,8 @@ class Run:
     def samples(self, split, shuffle=None):
         "The sentences of a split with their targets; `shuffle` deals out others' sentences (the blind control)."
         d = self.config.data
-        return Samples(self.refer, split, self.vocab, d.max_len, d.size, d.downsample, shuffle, d.stretch)
+        return Samples(self.refer, split, self.vocab, d.max_len, d.size, d.downsample, shuffle, d.stretch,
+                       self.method.needs)
 
 # %% ../../nbs/training/09_run.ipynb #91e49e91
 def prepare(
