@@ -22,7 +22,8 @@ class KitError(Exception):
         self.what, self.where, self.mend = what, str(where), mend
         place = f' ({self.where})' if self.where else ''
         said = f'{what}{place}.' + (f' {mend}.' if mend else '')
-        super().__init__(''.join(c if c.isprintable() or c == '\n' else '�' for c in said))  # a file's name must not steer the terminal
+        # a file's name must not steer the terminal
+        super().__init__(''.join(c if c.isprintable() or c == '\n' else '�' for c in said))
     def __reduce__(self): return KitError, (self.what, self.where, self.mend)
 
 # %% ../nbs/manual/01_errors.ipynb #6c7e8bd2
@@ -43,10 +44,22 @@ def disk_error(
 )->KitError:    # the same as a sentence
     "Turn an error of the disk into a sentence."
     if e.errno == errno.ENOSPC:
-        return KitError('no space is left on the disk', path, 'Free some space and run the same command again; finished work is kept')
+        return KitError(
+            'no space is left on the disk',
+            path,
+            'Free some space and run the same command again; finished work is kept',
+        )
     if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return KitError('the folder cannot be written', path, 'Choose another with --out, or change its permissions')
-    return KitError(f'writing failed: {e.strerror or e}', path, 'Run the same command again; finished work is kept')
+        return KitError(
+            'the folder cannot be written',
+            path,
+            'Choose another with --out, or change its permissions',
+        )
+    return KitError(
+        f'writing failed: {e.strerror or e}',
+        path,
+        'Run the same command again; finished work is kept',
+    )
 
 # %% ../nbs/manual/01_errors.ipynb #28d9820d
 @contextmanager
@@ -69,7 +82,8 @@ def atomic_path(
 
 # %% ../nbs/manual/01_errors.ipynb #e564c544
 def _settle(tmp, path):
-    "Flush `tmp` to the disk, give it the permissions of an ordinary new file, and move it to `path`."
+    """Flush `tmp` to the disk, give it the permissions of an ordinary new file, and move it to
+    `path`."""
     with open(tmp, 'rb') as f: os.fsync(f.fileno())
     mask = os.umask(0); os.umask(mask)
     os.chmod(tmp, 0o666 & ~mask)
@@ -99,4 +113,9 @@ def check_unpacked(
 ):
     "Raises `KitError` where an archive would unpack to more than `most` bytes."
     with zipfile.ZipFile(path) as z: size = sum(i.file_size for i in z.infolist())
-    if size > most: raise KitError(f'it would unpack to {size:,} bytes, more than {most:,}', path, 'No run of this kit writes such a file: remove it')
+    if size > most:
+        raise KitError(
+            f'it would unpack to {size:,} bytes, more than {most:,}',
+            path,
+            'No run of this kit writes such a file: remove it',
+        )

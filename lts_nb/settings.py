@@ -38,7 +38,8 @@ def sentence_of(
 
 # %% ../nbs/manual/06_settings.ipynb #178b8b4f
 class Config(BaseModel):
-    "A frozen, typed declaration. `KitError` for a setting that is unknown, missing or out of bounds."
+    """A frozen, typed declaration.
+    `KitError` for a setting that is unknown, missing or out of bounds."""
     model_config = ConfigDict(frozen=True, extra='forbid', strict=True, allow_inf_nan=False,
                               protected_namespaces=())
     part: ClassVar[str] = 'configuration'  # what an error calls it
@@ -62,8 +63,10 @@ class Config(BaseModel):
         mend:str='',  # how to mend it
     ):
         "A configuration from plain values. KitError that names the file."
-        if not isinstance(settings, dict): raise KitError(f'the {cls.part} is no dictionary', where, mend)
-        if not all(isinstance(k, str) for k in settings): raise KitError('a name is no text', where, mend)
+        if not isinstance(settings, dict):
+            raise KitError(f'the {cls.part} is no dictionary', where, mend)
+        if not all(isinstance(k, str) for k in settings):
+            raise KitError('a name is no text', where, mend)
         try: return cls(**settings)
         except KitError as e:
             inner = '' if e.where in ('', cls.part) else f'{e.where}: '

@@ -32,27 +32,84 @@ class Download:
 
 # %% ../../nbs/data/06_fetch.ipynb #acb8be94
 def _refer(name, stamp, size, sha256):
-    "One of the three annotation archives: the original host, silent since 2022, and its archived copy."
+    """One of the three annotation archives: the original host, silent since 2022, and its archived
+    copy."""
     host = f'https://bvisionweb1.cs.unc.edu/licheng/referit/data/{name}.zip'
-    return Download(f'{name}.zip', (f'https://web.archive.org/web/{stamp}id_/{host}', host), f'sha256:{sha256}', ((f'{name}/', f'{name}/'),), size, 2 << 30)
+    return Download(
+        f'{name}.zip',
+        (f'https://web.archive.org/web/{stamp}id_/{host}', host),
+        f'sha256:{sha256}',
+        ((f'{name}/', f'{name}/'),),
+        size,
+        2 << 30,
+    )
 
 DOWNLOADS = {
-    'refcoco':  _refer('refcoco', 20220413011718, 53_993_993, '7f924bb7ed8dc4568058e4ff626281918d56e5206f4c868c5a80f088f38c8bf0'),
-    'refcoco+': _refer('refcoco+', 20220413011656, 45_613_210, '5f1238112d63199e68da54a28f201471909b21ded7ed79a57d51b4c1443c6b45'),
-    'refcocog': _refer('refcocog', 20220413012904, 56_712_951, '3d1f7e5b2ff2205940bf59de55f861f5f2cc1403fb980669933a7f9af1aa8211')}
+    'refcoco': _refer(
+        'refcoco',
+        20220413011718,
+        53_993_993,
+        '7f924bb7ed8dc4568058e4ff626281918d56e5206f4c868c5a80f088f38c8bf0',
+    ),
+    'refcoco+': _refer(
+        'refcoco+',
+        20220413011656,
+        45_613_210,
+        '5f1238112d63199e68da54a28f201471909b21ded7ed79a57d51b4c1443c6b45',
+    ),
+    'refcocog': _refer(
+        'refcocog',
+        20220413012904,
+        56_712_951,
+        '3d1f7e5b2ff2205940bf59de55f861f5f2cc1403fb980669933a7f9af1aa8211',
+    ),
+}
 
 # %% ../../nbs/data/06_fetch.ipynb #b01f0a4a
-_glove = lambda file: tuple(f'{host}/{file}' for host in ('https://nlp.stanford.edu/data', 'https://downloads.cs.stanford.edu/nlp/data', 'https://huggingface.co/stanfordnlp/glove/resolve/main'))
+_glove = lambda file: tuple(
+    f'{host}/{file}'
+    for host in (
+        'https://nlp.stanford.edu/data',
+        'https://downloads.cs.stanford.edu/nlp/data',
+        'https://huggingface.co/stanfordnlp/glove/resolve/main',
+    )
+)
 
 DOWNLOADS |= {
-    'coco-train2014': Download('train2014.zip', tuple(f'{s}://images.cocodataset.org/zips/train2014.zip' for s in ('http', 'https')),
-        'sha256:ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775', (('train2014/', 'images/mscoco/images/train2014/'),), 13_510_573_713, 20 << 30),
-    'glove': Download('glove.840B.300d.zip', _glove('glove.840B.300d.zip'), 'sha256:c06db255e65095393609f19a4cfca20bf3a71e20cc53e892aafa490347e3849f',
-        (('glove.840B.300d.txt', 'glove/glove.840B.300d.txt'),), None, 8 << 30),
-    'glove-6b': Download('glove.6B.zip', _glove('glove.6B.zip'), 'sha256:617afb2fe6cbd085c235baf7a465b96f4112bd7f7ccb2b2cbd649fed9cbcf2fb',
-        (('glove.6B.', 'glove/glove.6B.'),), 862_182_613, 4 << 30),
-    'darknet': Download('yolov3.weights', ('https://github.com/hank-ai/darknet/releases/download/v2.0/yolov3.weights', 'https://pjreddie.com/media/files/yolov3.weights'),
-        'md5:c84e5b99d0e52cd466ae710cadf6d84c', (('', 'darknet/yolov3.weights'),), 248_007_048),
+    'coco-train2014': Download(
+        'train2014.zip',
+        tuple(f'{s}://images.cocodataset.org/zips/train2014.zip' for s in ('http', 'https')),
+        'sha256:ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775',
+        (('train2014/', 'images/mscoco/images/train2014/'),),
+        13_510_573_713,
+        20 << 30,
+    ),
+    'glove': Download(
+        'glove.840B.300d.zip',
+        _glove('glove.840B.300d.zip'),
+        'sha256:c06db255e65095393609f19a4cfca20bf3a71e20cc53e892aafa490347e3849f',
+        (('glove.840B.300d.txt', 'glove/glove.840B.300d.txt'),),
+        None,
+        8 << 30,
+    ),
+    'glove-6b': Download(
+        'glove.6B.zip',
+        _glove('glove.6B.zip'),
+        'sha256:617afb2fe6cbd085c235baf7a465b96f4112bd7f7ccb2b2cbd649fed9cbcf2fb',
+        (('glove.6B.', 'glove/glove.6B.'),),
+        862_182_613,
+        4 << 30,
+    ),
+    'darknet': Download(
+        'yolov3.weights',
+        (
+            'https://github.com/hank-ai/darknet/releases/download/v2.0/yolov3.weights',
+            'https://pjreddie.com/media/files/yolov3.weights',
+        ),
+        'md5:c84e5b99d0e52cd466ae710cadf6d84c',
+        (('', 'darknet/yolov3.weights'),),
+        248_007_048,
+    ),
 }
 
 # %% ../../nbs/data/06_fetch.ipynb #181cca71
@@ -77,16 +134,20 @@ def _begin(url, have):
     "Ask a source for the bytes from `have` on."
     headers = {'Accept-Encoding': 'identity', **({'Range': f'bytes={have}-'} if have else {})}
     try: return requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
-    except requests.RequestException as e: raise Unusable(f'cannot be reached ({type(e).__name__})') from e
+    except requests.RequestException as e:
+        raise Unusable(f'cannot be reached ({type(e).__name__})') from e
 
 # %% ../../nbs/data/06_fetch.ipynb #9bbf28ef
 def _offered(answer, have, size):
-    "(bytes that stand already, bytes in all) by a source's answer; Unusable where it is not what we look for."
-    if answer.status_code not in (200, 206): raise Unusable(f'answers {answer.status_code} {answer.reason}')
+    """(bytes that stand already, bytes in all) by a source's answer;
+    Unusable where it is not what we look for."""
+    if answer.status_code not in (200, 206):
+        raise Unusable(f'answers {answer.status_code} {answer.reason}')
     have = have if answer.status_code == 206 else 0
     length = answer.headers.get('Content-Length', '')
     total = have + int(length) if length.isdigit() else None
-    if size and total not in (None, size): raise Unusable(f'offers {total:,} bytes where {size:,} are known')
+    if size and total not in (None, size):
+        raise Unusable(f'offers {total:,} bytes where {size:,} are known')
     return have, total
 
 # %% ../../nbs/data/06_fetch.ipynb #2a8e0778
@@ -100,7 +161,8 @@ def _append(answer, part, have, most, desc):
             if most and have > most: raise Unusable(f'sends more than {most:,} bytes')
             f.write(block); bar.update(len(block))
             if time.monotonic() - since > SLOW[0]:
-                if have - marked < SLOW[1]: raise Unusable(f'sends less than {SLOW[1]:,} bytes in {SLOW[0]} s')
+                if have - marked < SLOW[1]:
+                    raise Unusable(f'sends less than {SLOW[1]:,} bytes in {SLOW[0]} s')
                 marked, since = have, time.monotonic()
     return have
 
@@ -134,9 +196,13 @@ def _persist(url, part, size):
 
 # %% ../../nbs/data/06_fetch.ipynb #0b7c45f7
 def _from_source(url, d, folder, part):
-    "The verified file from one source; from its beginning where what another source left behind was wrong. ValueError for other bytes."
+    """The verified file from one source;
+    from its beginning where what another source left behind was wrong. ValueError for other
+    bytes."""
     def by_parts(url, to, _): _persist(url, part, d.size); shutil.move(part, to)
-    resumed, get = part.exists(), lambda: Path(pooch.retrieve(url, d.known, d.file, folder, downloader=by_parts))
+    resumed, get = part.exists(), lambda: Path(
+        pooch.retrieve(url, d.known, d.file, folder, downloader=by_parts)
+    )
     try: return get()
     except ValueError:
         if not resumed: raise
@@ -147,7 +213,8 @@ def fetch_file(
     d:Download, folder, # what; where to keep it
     urls=(),            # further sources, tried first
 )->Path:                # the file, verified
-    "Fetch a file from the first source that gives the right bytes; goes on where an earlier call stopped."
+    """Fetch a file from the first source that gives the right bytes;
+    goes on where an earlier call stopped."""
     path, part, said = Path(folder)/d.file, Path(folder)/f'{d.file}.part', []
     if path.exists(): verify(path, d); return path
     try: path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +224,11 @@ def fetch_file(
         except Unusable as e: said.append(f'{url} {e}')
         except ValueError: said.append(f'{url} sends other bytes than the known ones')
         except OSError as e: raise disk_error(e, path) from e
-    raise KitError('no source gave the file: ' + '; '.join(said), d.file, 'Try again later, name a mirror (--url URL), or give the file itself (--from PATH)')
+    raise KitError(
+        'no source gave the file: ' + '; '.join(said),
+        d.file,
+        'Try again later, name a mirror (--url URL), or give the file itself (--from PATH)',
+    )
 
 # %% ../../nbs/data/06_fetch.ipynb #22e1a81e
 def verify(
@@ -166,28 +237,67 @@ def verify(
     "KitError where a file is not the known one."
     path = Path(path)
     if not path.is_file(): raise KitError('there is no such file', path)
-    if d.size and path.stat().st_size != d.size: raise KitError(f'the file has {path.stat().st_size:,} bytes; {d.file} has {d.size:,}', path, 'Get it again, and move this one away')
+    if d.size and path.stat().st_size != d.size:
+        raise KitError(
+            f'the file has {path.stat().st_size:,} bytes; {d.file} has {d.size:,}',
+            path,
+            'Get it again, and move this one away',
+        )
     kind, _, digest = d.known.partition(':')
-    if pooch.file_hash(path, alg=kind) != digest: raise KitError(f'the file is not the {d.file} that is known: its {kind} differs', path, 'Get it again, and move this one away')
+    if pooch.file_hash(path, alg=kind) != digest:
+        raise KitError(
+            f'the file is not the {d.file} that is known: its {kind} differs',
+            path,
+            'Get it again, and move this one away',
+        )
 
 # %% ../../nbs/data/06_fetch.ipynb #6a5dbf04
 def _is_unsafe(info):
     "Could this member be written elsewhere, or is it no plain file?"
     parts = PurePosixPath(info.filename).parts
-    odd = info.filename.startswith('/') or '\\' in info.filename or ':' in info.filename or '\0' in info.orig_filename
+    odd = (
+        info.filename.startswith('/')
+        or '\\' in info.filename
+        or ':' in info.filename
+        or '\0' in info.orig_filename
+    )
     kind = stat.S_IFMT(info.external_attr >> 16)
-    return odd or '..' in parts or kind not in (0, stat.S_IFREG, stat.S_IFDIR) or bool(info.flag_bits & 1)
+    return (
+        odd
+        or '..' in parts
+        or kind not in (0, stat.S_IFREG, stat.S_IFDIR)
+        or bool(info.flag_bits & 1)
+    )
 
 # %% ../../nbs/data/06_fetch.ipynb #1ad8b108
 def members(
     archive:zipfile.ZipFile, d:Download, # an open archive, and what it should be
     only=None, # names of files to take; None: all
 )->list:       # [(ZipInfo, place below the root)]
-    "What is to be unpacked, and where to. KitError for an archive that would write elsewhere or hold too much."
+    """What is to be unpacked, and where to.
+    KitError for an archive that would write elsewhere or hold too much."""
     infos = archive.infolist()
-    if bad := next(filter(_is_unsafe, infos), None): raise KitError(f'the archive holds {bad.filename[:80]!r}, which is no plain file inside it; nothing was unpacked', archive.filename, 'Get it from another source')
-    if (total := sum(i.file_size for i in infos)) > d.unpacked: raise KitError(f'the archive would unpack to {total:,} bytes, more than {d.unpacked:,}; nothing was unpacked', archive.filename, 'Get it from another source')
-    found = [(i, place + i.filename[len(start):]) for i in infos if not i.is_dir() for start, place in d.places if i.filename.startswith(start)]
+    if bad := next(filter(_is_unsafe, infos), None):
+        raise KitError(
+            f'the archive holds {bad.filename[:80]!r}, which is no plain file inside it; nothing '
+            f'was unpacked',
+            archive.filename,
+            'Get it from another source',
+        )
+    if (total := sum(i.file_size for i in infos)) > d.unpacked:
+        raise KitError(
+            f'the archive would unpack to {total:,} bytes, more than {d.unpacked:,}; nothing was '
+            f'unpacked',
+            archive.filename,
+            'Get it from another source',
+        )
+    found = [
+        (i, place + i.filename[len(start) :])
+        for i in infos
+        if not i.is_dir()
+        for start, place in d.places
+        if i.filename.startswith(start)
+    ]
     return [(i, to) for i, to in found if only is None or PurePosixPath(to).name in only]
 
 # %% ../../nbs/data/06_fetch.ipynb #07ba9131
@@ -204,27 +314,47 @@ def unpack(
     path, d:Download, root, # a verified archive; the data's folder
     only=None,              # names of files to take; None: all
 )->list:                    # the files that stand now
-    "Unpack an archive below the root; goes on where it stopped. KitError where that would leave the root or replace another file."
+    """Unpack an archive below the root;
+    goes on where it stopped. KitError where that would leave the root or replace another file."""
     root, done = Path(root).resolve(), []
     try: archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e: raise KitError(f'the archive cannot be opened: {e}', path, 'Get it again') from e
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
+        raise KitError(f'the archive cannot be opened: {e}', path, 'Get it again') from e
     with archive:
         todo = members(archive, d, only)
-        if not todo: raise KitError(f'the archive holds nothing of {d.file}', path, 'Get it from another source')
-        for info, to in tqdm(todo, desc=f'unpacking {d.file}', unit='file', leave=False, disable=None): done.append(_unpack_one(archive, info, root, to))
+        if not todo:
+            raise KitError(
+                f'the archive holds nothing of {d.file}', path, 'Get it from another source'
+            )
+        for info, to in tqdm(todo, desc=f'unpacking {d.file}', unit='file', leave=False, disable=None):
+            done.append(_unpack_one(archive, info, root, to))
     return done
 
 # %% ../../nbs/data/06_fetch.ipynb #d8a4a0c6
 def _unpack_one(archive, info, root, to):
     "One member, written completely or not at all."
     place = root/to
-    if not place.parent.resolve().is_relative_to(root): raise KitError('a link in the folder leads outside it', place.parent, 'Remove it, or choose another --root')
+    if not place.parent.resolve().is_relative_to(root):
+        raise KitError(
+            'a link in the folder leads outside it',
+            place.parent,
+            'Remove it, or choose another --root',
+        )
     if place.exists():
-        if not _same(place, info): raise KitError('another file of this name stands there already, and is kept', place, 'Move it away, then run the same command again')
+        if not _same(place, info):
+            raise KitError(
+                'another file of this name stands there already, and is kept',
+                place,
+                'Move it away, then run the same command again',
+            )
         return place
     try:
-        with atomic_path(place) as tmp, archive.open(info) as f, open(tmp, 'wb') as out: shutil.copyfileobj(f, out, 1 << 20)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e: raise KitError(f'{info.filename} cannot be unpacked: {e}', archive.filename, 'Get the archive again') from e
+        with atomic_path(place) as tmp, archive.open(info) as f, open(tmp, 'wb') as out:
+            shutil.copyfileobj(f, out, 1 << 20)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e:
+        raise KitError(
+            f'{info.filename} cannot be unpacked: {e}', archive.filename, 'Get the archive again'
+        ) from e
     return place
 
 # %% ../../nbs/data/06_fetch.ipynb #bf84246e
@@ -234,8 +364,18 @@ def needed_images(
     root, # the data's folder
 )->set:   # names of image files
     "The photographs that the data sets in a folder use. KitError where there is no set."
-    parts = {n: by for n in SETS for by in ('unc', 'umd', 'google') if (Path(root)/n/f'refs({by}).p').exists()}
-    if not parts: raise KitError('there is no data set whose photographs could be needed', root, 'Fetch one first: lts data fetch refcoco')
+    parts = {
+        n: by
+        for n in SETS
+        for by in ('unc', 'umd', 'google')
+        if (Path(root) / n / f'refs({by}).p').exists()
+    }
+    if not parts:
+        raise KitError(
+            'there is no data set whose photographs could be needed',
+            root,
+            'Fetch one first: lts data fetch refcoco',
+        )
     refers = [Refer(root, n, by) for n, by in parts.items()]
     return {r.images[ref.image_id].file_name for r in refers for ref in r.refs.values()}
 
@@ -250,16 +390,25 @@ def _standing(d, root, only):
     "What an earlier call unpacked, where all of it stands as it was left; else an empty list."
     try:
         kept = json.loads((root/'downloads'/f'{d.file}.json').read_text())
-        files = {f: n for f, n in kept['files'].items() if only is None or PurePosixPath(f).name in only}
+        files = {
+            f: n for f, n in kept['files'].items() if only is None or PurePosixPath(f).name in only
+        }
         enough = kept['all'] or only is not None and only <= {PurePosixPath(f).name for f in files}
         if kept['known'] != d.known or not enough: return []
-        return [root/f for f in files] if all((root/f).stat().st_size == n for f, n in files.items()) else []
+        return (
+            [root / f for f in files]
+            if all((root / f).stat().st_size == n for f, n in files.items())
+            else []
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return []
 
 def _remember(d, root, files, only):
     "Write the receipt."
     sizes = {f.relative_to(root.resolve()).as_posix(): f.stat().st_size for f in files}
-    write_text(root/'downloads'/f'{d.file}.json', json.dumps(dict(known=d.known, all=only is None, files=sizes)))
+    write_text(
+        root / 'downloads' / f'{d.file}.json',
+        json.dumps(dict(known=d.known, all=only is None, files=sizes)),
+    )
 
 # %% ../../nbs/data/06_fetch.ipynb #50a11512
 @contextmanager
@@ -269,7 +418,8 @@ def _alone(folder):
     except OSError as e: raise disk_error(e, folder) from e
     lock = FileLock(folder/'.lock')
     try: lock.acquire(timeout=0)
-    except Timeout: print(f'Another `lts data fetch` is at work in {folder.parent}; waiting for it.', flush=True); lock.acquire()
+    except Timeout: print(f'Another `lts data fetch` is at work in {folder.parent}; waiting for '
+                          f'it.', flush=True); lock.acquire()
     try: yield
     finally: lock.release()
 
@@ -280,7 +430,8 @@ def fetch(
     urls=(),                  # further sources, tried first
     only_needed:bool=False,   # of the photographs, those that the sets in the folder use
 )->list:                      # the files that stand now
-    "Get a data set, the photographs, vectors or weights into the data's folder. KitError where no source has them, or something else stands in their place."
+    """Get a data set, the photographs, vectors or weights into the data's folder.
+    KitError where no source has them, or something else stands in their place."""
     root = Path(root)
     if name == 'glove-50d': return [_packaged(root)]
     d = download_of(name)
@@ -300,9 +451,18 @@ def _place(d, root, path, urls):
     "Put a single file in its place; one that the user brings may be another than the known."
     to = root/d.places[0][1]
     if to.exists():
-        if path and pooch.file_hash(path) != pooch.file_hash(to): raise KitError('another file of this name stands there already, and is kept', to, 'Move it away, then run the same command again')
+        if path and pooch.file_hash(path) != pooch.file_hash(to):
+            raise KitError(
+                'another file of this name stands there already, and is kept',
+                to,
+                'Move it away, then run the same command again',
+            )
         if not path and pooch.file_hash(to, alg=d.known.partition(':')[0]) != d.known.partition(':')[2]:
-            raise KitError(f'another file than the {d.file} that is known stands there, and is kept', to, 'Use it as it is, or move it away and run the same command again')
+            raise KitError(
+                f'another file than the {d.file} that is known stands there, and is kept',
+                to,
+                'Use it as it is, or move it away and run the same command again',
+            )
         return to
     if path and not Path(path).is_file(): raise KitError('there is no such file', path)
     source = Path(path) if path else fetch_file(d, root/'downloads', urls)
@@ -311,7 +471,8 @@ def _place(d, root, path, urls):
     return to
 
 # %% ../../nbs/data/06_fetch.ipynb #ca80017a
-LEAKY = {'c84e5b99d0e52cd466ae710cadf6d84c': 'yolov3.weights, trained on all of COCO trainval'}  # md5 → what it is
+# md5 → what it is
+LEAKY = {'c84e5b99d0e52cd466ae710cadf6d84c': 'yolov3.weights, trained on all of COCO trainval'}
 
 def leak_of(
     path, # a weights file
@@ -324,23 +485,40 @@ def leak_note(
     results:list, # of runs
 )->str:           # '' where nothing is known against any backbone
     "The warning that belongs to every table made with a backbone that has seen evaluation images."
-    seen = sorted({LEAKY[m] for r in results if (m := (r.get('backbone') or {}).get('md5')) in LEAKY})
-    return f'NOT A CLEAN NUMBER: the backbone has seen validation and test images ({"; ".join(seen)}).' if seen else ''
+    seen = sorted(
+        {LEAKY[m] for r in results if (m := (r.get('backbone') or {}).get('md5')) in LEAKY}
+    )
+    return (
+        f'NOT A CLEAN NUMBER: the backbone has seen validation and test images ({"; ".join(seen)}).'
+        if seen
+        else ''
+    )
 
 # %% ../../nbs/data/06_fetch.ipynb #9516cf23
 def excluded_images(
     refers:list, # of the sets
 )->list:         # COCO image ids, sorted
-    "The images that a backbone's training set must not contain: all that one of the sets evaluates on."
+    """The images that a backbone's training set must not contain: all that one of the sets
+    evaluates on."""
     return sorted({ref.image_id for r in refers for ref in r.refs.values() if ref.split != 'train'})
 
 # %% ../../nbs/data/06_fetch.ipynb #e9d5cf07
 def check_backbone(
     excluded:list, trained_on, # from `excluded_images`; a text file with an image id, or a file name that ends in one, a line
 )->list:                       # ids that are in both
-    "Which evaluation images a backbone was trained on, by its own list. KitError where the list cannot be read."
+    """Which evaluation images a backbone was trained on, by its own list.
+    KitError where the list cannot be read."""
     try: lines = Path(trained_on).read_text().split()
-    except (OSError, UnicodeDecodeError) as e: raise KitError('the list of training images cannot be read', trained_on) from e
-    digits = [''.join(c for c in PurePosixPath(line).stem.split('_')[-1] if c.isdecimal()) for line in lines]
-    if not lines or not all(digits): raise KitError('a line of the list has no image id', trained_on, 'One id, or one COCO file name, a line')
+    except (OSError, UnicodeDecodeError) as e:
+        raise KitError('the list of training images cannot be read', trained_on) from e
+    digits = [
+        ''.join(c for c in PurePosixPath(line).stem.split('_')[-1] if c.isdecimal())
+        for line in lines
+    ]
+    if not lines or not all(digits):
+        raise KitError(
+            'a line of the list has no image id',
+            trained_on,
+            'One id, or one COCO file name, a line',
+        )
     return sorted(set(map(int, digits)) & set(excluded))

@@ -11,24 +11,37 @@ from ..errors import KitError, unknown_name
 
 # %% ../../nbs/evidence/01_paper.ipynb #be4fcd63
 def _read(table, head, text):
-    "Long rows (table, row, dataset, split, metric, value) of a printed table; `head` names each value's (dataset, split, metric)."
+    """Long rows (table, row, dataset, split, metric, value) of a printed table;
+    `head` names each value's (dataset, split, metric)."""
     rows = []
     for line in text.strip().splitlines():
         label, values = (s.strip() for s in line.split('|'))
         values = values.split()
-        if len(values) != len(head): raise KitError(f'{len(values)} values under {len(head)} headings', f'table {table}, {label}')
+        if len(values) != len(head):
+            raise KitError(
+                f'{len(values)} values under {len(head)} headings', f'table {table}, {label}'
+            )
         rows += [(table, label, *h, float(v)) for h, v in zip(head, values) if v != '-']
     return rows
 
 # %% ../../nbs/evidence/01_paper.ipynb #030c1aed
 dataset_titles = {'refcoco': 'RefCOCO', 'refcoco+': 'RefCOCO+', 'refcocog': 'RefCOCOg'}
 table_titles = {
-    '1': 'Comparison with the earlier methods', '2': 'Ablation studies on RefCOCO', '3': 'Seg added to CMPC, on RefCOCO',
-    '4': 'Transformer instead of filtering', '5': 'Number of filterings, on RefCOCO',
-    '6': 'Input resolution, on RefCOCO', '7': 'Transformer, more filters and larger input together'}
+    '1': 'Comparison with the earlier methods',
+    '2': 'Ablation studies on RefCOCO',
+    '3': 'Seg added to CMPC, on RefCOCO',
+    '4': 'Transformer instead of filtering',
+    '5': 'Number of filterings, on RefCOCO',
+    '6': 'Input resolution, on RefCOCO',
+    '7': 'Transformer, more filters and larger input together',
+}
 
 _splits  = [('refcoco', s, 'IoU') for s in ('val', 'testA', 'testB')]
-_all     = _splits + [('refcoco+', s, m) for _, s, m in _splits] + [('refcocog', s, 'IoU') for s in ('val', 'test')]
+_all = (
+    _splits
+    + [('refcoco+', s, m) for _, s, m in _splits]
+    + [('refcocog', s, 'IoU') for s in ('val', 'test')]
+)
 _vals    = [(d, 'val', 'IoU') for d in dataset_titles]
 _metrics = ['IoU'] + [f'prec@0.{x}' for x in range(5, 10)]
 
@@ -58,7 +71,9 @@ def methods(
 # %% ../../nbs/evidence/01_paper.ipynb #2ab5ffdf
 def _values(text):
     "Table 1 with its first column alone before the bar."
-    return '\n'.join(f"{a.split()[0]} | {b}" for a, b in (line.split('|') for line in text.strip().splitlines()))
+    return '\n'.join(
+        f"{a.split()[0]} | {b}" for a, b in (line.split('|') for line in text.strip().splitlines())
+    )
 
 # %% ../../nbs/evidence/01_paper.ipynb #6b541760
 _table2 = {'val': '''
@@ -109,7 +124,8 @@ LTS* | 66.75 54.94 54.51''')]
 # %% ../../nbs/evidence/01_paper.ipynb #0b8460ff
 def published(
 )->pd.DataFrame:  # table, row, dataset, split, metric, value (percent); 262 rows in the order printed
-    "Every value of Tables 1 to 7 and the pointing game of §4.3 (table 'text', without data set and split)."
+    """Every value of Tables 1 to 7 and the pointing game of §4.3 (table 'text', without data set
+    and split)."""
     rows = _read('1', _all, _values(_table1))
     for split, text in _table2.items():
         rows += _read('2', [('refcoco', split, m) for m in _metrics], text)
@@ -130,7 +146,10 @@ def published_value(
     p = p[p.table == str(table)]
     if row not in set(p.row): raise unknown_name(f'row of Table {table}', row, p.row.unique())
     p = p[(p.row == row) & (p.split == split) & (p.dataset == dataset) & (p.metric == metric)]
-    if p.empty: raise KitError(f'the paper gives no {metric} for {row} on {dataset} {split}', f'table {table}')
+    if p.empty:
+        raise KitError(
+            f'the paper gives no {metric} for {row} on {dataset} {split}', f'table {table}'
+        )
     return float(p.value.iloc[0])
 
 # %% ../../nbs/evidence/01_paper.ipynb #bdb1c408

@@ -42,17 +42,22 @@ LOCATE = {'none': _no_filter, 'filter': _sequential, 'filter-parallel': _paralle
 
 # %% ../../nbs/model/08_lts.ipynb #bc4dc959
 _Size = Annotated[int, Field(ge=1, le=4096)]
-_Rates = Annotated[tuple[Annotated[int, Field(ge=1, le=256)], ...], Field(strict=False, max_length=8)]
+_Rates = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=256)], ...], Field(strict=False, max_length=8)
+]
 
 class LTSConfig(Config):
-    "Every switch of the model; the defaults are the paper's LTS. KitError for a value that does not exist."
+    """Every switch of the model;
+    the defaults are the paper's LTS. KitError for a value that does not exist."""
     part = 'model configuration'
     emb_dim: _Size = Field(300, description="of a word: GloVe's")
     gru_dim: _Size = Field(512, description='of the GRU, per direction')
     d_m1: _Size = Field(1024, description='channels of F_m1')
     d_half: _Size = Field(512, description="half of F_m2's and F_m3's channels, so that d_k = 1024")
     fuse: bool = Field(True, description='False: Table 2 without Fusion')
-    locate: str = Field('filter', description="'none', 'filter', 'filter-parallel', 'word', 'transformer'")
+    locate: str = Field(
+        'filter', description="'none', 'filter', 'filter-parallel', 'word', 'transformer'"
+    )
     n: int = Field(1, ge=1, le=16, description='filterings, or decoder steps (Table 5, 7)')
     seg: bool = Field(True, description='False: Table 2 without Seg')
     aspp_width: _Size = Field(256, description="DeepLab's")
@@ -66,7 +71,9 @@ class LTSConfig(Config):
     text_dropout: float = Field(0., ge=0, lt=1, description='MCN: 0.1')
     freeze_vectors: bool = Field(False, description='word embeddings stay as GloVe has them')
     lam: float = Field(.1, ge=0, le=1e4, description='weight of L_loc in eq. 13; 0: L_seg alone')
-    reduction: Literal['sum', 'mean'] = Field('sum', description="over cells: the paper's equations sum")
+    reduction: Literal['sum', 'mean'] = Field(
+        'sum', description="over cells: the paper's equations sum"
+    )
 
     @field_validator('locate')
     @classmethod
@@ -77,7 +84,9 @@ class LTSConfig(Config):
     @model_validator(mode='after')
     def _meaningful(self):
         if self.n > 1 and self.locate in ('none', 'word'):
-            raise KitError(f'n={self.n} has no meaning with locate={self.locate!r}', self.part, 'Set n to 1')
+            raise KitError(
+                f'n={self.n} has no meaning with locate={self.locate!r}', self.part, 'Set n to 1'
+            )
         return self
 
 # %% ../../nbs/model/08_lts.ipynb #b39c2a6c
@@ -101,8 +110,9 @@ class LTS(nn.Module):
         has_prior = cfg.locate != 'none'
         self.cfg = cfg
         self.tail = nn.Identity() if tail is None else tail
-        self.language = LanguageEncoder(vocab_size, cfg.emb_dim, cfg.gru_dim, cfg.text_dropout, vectors,
-                                        cfg.freeze_vectors)
+        self.language = LanguageEncoder(
+            vocab_size, cfg.emb_dim, cfg.gru_dim, cfg.text_dropout, vectors, cfg.freeze_vectors
+        )
         self.fusion = Fusion(d_v, d_text, cfg.d_m1, cfg.d_half, cfg.fuse)
         self.locate = LOCATE[cfg.locate](cfg, d_text, d_k)
         # Seg reads one channel more where there is a prior
@@ -110,7 +120,8 @@ class LTS(nn.Module):
                                cfg.prior_as) if cfg.seg else None
         self.plain = nn.Conv2d(d_k, 1, 1) if not has_prior and not cfg.seg else None
     def forward(self, features, tokens, lengths):
-        "features (v1 before the tail, v2, v3); tokens (B,T) padded with 0; lengths (B,) -> LTSOutput."
+        """features (v1 before the tail, v2, v3);
+        tokens (B,T) padded with 0; lengths (B,) -> LTSOutput."""
         # eq. 1–4: a vector for each word, and one for the sentence
         words, f_text, mask = self.language(tokens, lengths)
         # eq. 5–7: the sentence enters the picture
@@ -129,7 +140,9 @@ def count_parameters(
 ):           # DataFrame: part -> parameters, trainable
     "Parameters of each direct part of a module."
     rows = {name: summary_row([m], 0, '')[:2] for name, m in module.named_children()}
-    return pd.DataFrame.from_dict(rows, orient='index', columns=['parameters', 'trainable']).rename_axis('part')
+    return pd.DataFrame.from_dict(
+        rows, orient='index', columns=['parameters', 'trainable']
+    ).rename_axis('part')
 
 # %% ../../nbs/model/08_lts.ipynb #affc72f8
 def _flow(model, frozen, image, tokens, lengths):
@@ -175,8 +188,18 @@ class LTSMethod(Method):
     needs = ('mask', 'prior')
     threshold = .25  # §3.4
     widths = {
-        'smoke': dict(emb_dim=16, gru_dim=16, d_m1=32, d_half=16, aspp_width=8, ffn=32, aspp_rates=(2, 4, 6)),
-        'cpu': dict(emb_dim=100, gru_dim=128, d_m1=512, d_half=48, aspp_width=32, ffn=96, aspp_rates=(2, 4, 6)),
+        'smoke': dict(
+            emb_dim=16, gru_dim=16, d_m1=32, d_half=16, aspp_width=8, ffn=32, aspp_rates=(2, 4, 6)
+        ),
+        'cpu': dict(
+            emb_dim=100,
+            gru_dim=128,
+            d_m1=512,
+            d_half=48,
+            aspp_width=32,
+            ffn=96,
+            aspp_rates=(2, 4, 6),
+        ),
     }
     def build(self, cfg, channels, vocab, vectors=None, tail=None):
         return LTS(cfg, channels, len(vocab), vectors, tail)
@@ -186,7 +209,8 @@ class LTSMethod(Method):
     def probability(self, out): return out.mask.float().sigmoid()
     def prior(self, out): return None if out.prior is None else out.prior.float()
     def stride(self, cfg): return 4 if cfg.seg else 8
-    def summary(self, model, backbone, size=416, words=15): return model_summary(model, backbone, size, words)
+    def summary(self, model, backbone, size=416, words=15):
+        return model_summary(model, backbone, size, words)
 
 register(LTSMethod());
 

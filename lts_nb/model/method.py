@@ -54,7 +54,8 @@ class Method:
     needs = ('mask',)      # targets that a batch carries: names of `data.dataset.TARGETS`
     threshold = .5         # a pixel is object above this probability
     notes = ()             # sentences that its row carries, such as 'It learns from boxes too.'
-    postprocess = None     # or a method (cfg, probability (H, W), image (H, W, 3)) -> probability (H, W)
+    # or a method (cfg, probability (H, W), image (H, W, 3)) -> probability (H, W)
+    postprocess = None
 
     def build(self,
         cfg:Config,    # its settings
@@ -127,8 +128,11 @@ def register(
     if not method.name: raise KitError('a method needs a name', type(method).__name__)
     other = METHODS.get(method.name)
     if other is not None and type(other).__qualname__ != type(method).__qualname__:
-        raise KitError(f'the name {method.name!r} is taken by another method', type(other).__qualname__,
-                       'Give the new method another name')
+        raise KitError(
+            f'the name {method.name!r} is taken by another method',
+            type(other).__qualname__,
+            'Give the new method another name',
+        )
     METHODS[method.name] = method
     return method
 

@@ -23,8 +23,11 @@ def _in_one_shape(backbone, images, device):
     "The backbone's maps, computed in batches of one shape and full precision, kept as half."
     n, out = AT_ONCE.get(torch.device(device).type, 16), []
     for some in images.split(n):
-        full = torch.cat([some, some[-1:].expand(n - len(some), -1, -1, -1)]).to(device, memory_format=torch.channels_last)
-        with torch.autocast(full.device.type, enabled=False): out.append([m[:len(some)].half().float() for m in backbone(full)])
+        full = torch.cat([some, some[-1:].expand(n - len(some), -1, -1, -1)]).to(
+            device, memory_format=torch.channels_last
+        )
+        with torch.autocast(full.device.type, enabled=False):
+            out.append([m[:len(some)].half().float() for m in backbone(full)])
     return tuple(map(torch.cat, zip(*out)))
 
 # %% ../../nbs/training/04_features.ipynb #7006a76c
@@ -44,9 +47,16 @@ class LiveFeatures:
         image_ids,   # B ids
     )->torch.Tensor: # (B, 3, size, size) float32
         "The letterboxed images: the part of the work that loader processes can do."
-        return torch.stack([torch.as_tensor(letterbox_image(self.refer.open_image(i), self.size, self.stretch)) for i in image_ids])
+        return torch.stack(
+            [
+                torch.as_tensor(letterbox_image(self.refer.open_image(i), self.size, self.stretch))
+                for i in image_ids
+            ]
+        )
 
-    def __call__(self, image_ids): return self.of_images(self.images(image_ids)) # B ids -> (B, d, H/32, W/32), (B, d, H/16, W/16), (B, d, H/8, W/8)
+    def __call__(self, image_ids):
+        # B ids -> (B, d, H/32, W/32), (B, d, H/16, W/16), (B, d, H/8, W/8)
+        return self.of_images(self.images(image_ids))
 
     def of_images(self,
         images:torch.Tensor, # (B, 3, size, size)
@@ -62,8 +72,16 @@ class CachedFeatures:
         device='cpu',  # where the maps are put
     ):
         self.folder = Path(folder)
-        try: self.index = {i: k for k, i in enumerate(json.loads((Path(folder)/'images.json').read_text()))}
-        except (OSError, ValueError) as e: raise KitError('the feature cache cannot be read', folder, 'Delete that folder; the same command makes it again') from e
+        try:
+            self.index = {
+                i: k for k, i in enumerate(json.loads((Path(folder) / 'images.json').read_text()))
+            }
+        except (OSError, ValueError) as e:
+            raise KitError(
+                'the feature cache cannot be read',
+                folder,
+                'Delete that folder; the same command makes it again',
+            ) from e
         self.maps = [np.load(Path(folder)/f'v{k}.npy', mmap_mode='r') for k in (1, 2, 3)]
         self.device = device
 
@@ -72,7 +90,9 @@ class CachedFeatures:
     )->tuple:       # three float32 maps, channels last
         "The three maps of some images."
         at = [self.index[i] for i in image_ids]
-        return tuple(torch.from_numpy(m[at]).to(self.device).float().permute(0, 3, 1, 2) for m in self.maps)
+        return tuple(
+            torch.from_numpy(m[at]).to(self.device).float().permute(0, 3, 1, 2) for m in self.maps
+        )
 
 # %% ../../nbs/training/04_features.ipynb #40a21fd4
 def feature_key(
@@ -83,7 +103,8 @@ def feature_key(
 )->str:                 # name of the cache's folder
     "What decides the features, as a short name."
     h = hashlib.sha256(f'{fingerprint} {size} {stretch} folded {AT_ONCE}'.encode())
-    for name, p in sorted(backbone.state_dict().items()): h.update(name.encode() + p.detach().cpu().numpy().tobytes())
+    for name, p in sorted(backbone.state_dict().items()):
+        h.update(name.encode() + p.detach().cpu().numpy().tobytes())
     return f'{size}-{h.hexdigest()[:12]}'
 
 # %% ../../nbs/training/04_features.ipynb #a9f06675
@@ -112,7 +133,8 @@ def build_features(
     except OSError as e: raise disk_error(e, folder) from e
     with FileLock(folder/f'.{key}.lock'):
         if not done.exists():
-            if need > min(bound, shutil.disk_usage(folder).free - (1 << 30)) and not part.exists(): return source
+            if need > min(bound, shutil.disk_usage(folder).free - (1 << 30)) and not part.exists():
+                return source
             try: _write_maps(part, source, list(image_ids), batch, progress)
             except OSError as e: raise disk_error(e, part) from e
             part.rename(done)
@@ -122,19 +144,29 @@ def build_features(
 def _reserve(path):
     "Take a file's whole size on the disk now; OSError where there is no room."
     with open(path, 'r+b') as f:
-        if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+        if hasattr(os, 'posix_fallocate'):
+            os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
 
 # %% ../../nbs/training/04_features.ipynb #e0ae3b56
 def _write_maps(part, source, image_ids, batch, progress):
     "Fill the three maps in place; `progress.json` says how many images are finished."
-    shapes = [tuple(m.permute(0, 2, 3, 1).shape[1:]) for m in source.of_images(torch.zeros(1, 3, source.size, source.size))]
+    shapes = [
+        tuple(m.permute(0, 2, 3, 1).shape[1:])
+        for m in source.of_images(torch.zeros(1, 3, source.size, source.size))
+    ]
     note = part/'progress.json'
     start = json.loads(note.read_text())['done'] if note.exists() else 0
     part.mkdir(exist_ok=True)
     files = [part/f'v{k}.npy' for k in (1, 2, 3)]
-    maps = [np.lib.format.open_memmap(f, 'r+' if start else 'w+', np.float16, None if start else (len(image_ids), *s)) for f, s in zip(files, shapes)]
+    maps = [
+        np.lib.format.open_memmap(
+            f, 'r+' if start else 'w+', np.float16, None if start else (len(image_ids), *s)
+        )
+        for f, s in zip(files, shapes)
+    ]
     for f in files: _reserve(f)
-    for i in tqdm(range(start, len(image_ids), batch), desc=f'features at {source.size}', unit='batch', disable=not progress, leave=False):
+    for i in tqdm(range(start, len(image_ids), batch), desc=f'features at '
+                                                            f'{source.size}', unit='batch', disable=not progress, leave=False):
         for m, f in zip(maps, source(image_ids[i:i + batch])):
             m[i:i + len(f)] = f.permute(0, 2, 3, 1).float().cpu().numpy()
         if i // batch % 16 == 15:

@@ -40,8 +40,14 @@ def save_checkpoint(
     config,           # the run's configuration
 ):
     "Write all that the next step depends on."
-    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), progress=progress, config=config_hash(config),
-                 rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    state = dict(
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        progress=progress,
+        config=config_hash(config),
+        rng=torch.get_rng_state(),
+        cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    )
     with atomic_path(path) as tmp: torch.save(state, tmp)
 
 # %% ../../nbs/training/02_fit.ipynb #2eff1da2
@@ -65,11 +71,14 @@ def load_checkpoint(
         if optimizer is not None:
             optimizer.load_state_dict(state['optimizer'])
             torch.set_rng_state(state['rng'])
-            if state['cuda_rng'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda_rng'])
+            if state['cuda_rng'] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state['cuda_rng'])
         return state['progress']
     except KitError: raise
     except Exception as e:  # what a damaged file makes of torch's reader cannot be listed: IndexError and AttributeError were met
-        raise KitError('the checkpoint cannot be read', path, 'Delete it; the same command then starts that run again') from e
+        raise KitError('the checkpoint cannot be '
+                       'read', path, 'Delete it; the same command then starts that run '
+                                     'again') from e
 
 # %% ../../nbs/training/02_fit.ipynb #21c97e1c
 @contextmanager
@@ -98,15 +107,36 @@ def fit(
     after_epoch=None,      # called with (epoch, history)
     desc:str='training',   # of the progress bar
 )->list:                   # one dict an epoch: epoch, loss, its parts, lr, samples, seconds
-    "Train, or go on training where a checkpoint stands. KitError when the loss is no longer finite."
+    """Train, or go on training where a checkpoint stands.
+    KitError when the loss is no longer finite."""
     acc = accelerator or Accelerator(cpu=True)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay, fused=True)
-    progress = _resume(checkpoint, config, model, optimizer) or dict(epoch=0, step=0, sums={}, samples=0, seconds=0., history=[])
+    optimizer = torch.optim.Adam(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=lr,
+        weight_decay=weight_decay,
+        fused=True,
+    )
+    progress = _resume(checkpoint, config, model, optimizer) or dict(
+        epoch=0, step=0, sums={}, samples=0, seconds=0.0, history=[]
+    )
     model, optimizer = acc.prepare(model, optimizer)
-    save = _Saver(every, lambda: checkpoint and save_checkpoint(checkpoint, acc.unwrap_model(model), optimizer, progress, config))
+    save = _Saver(
+        every,
+        lambda: checkpoint
+        and save_checkpoint(checkpoint, acc.unwrap_model(model), optimizer, progress, config),
+    )
     def one(epoch):
         for group in optimizer.param_groups: group['lr'] = learning_rate(lr, decay, epoch)
-        _run_epoch(acc, model, optimizer, loss_of, batches(epoch, progress['step']), progress, save, f'{desc} {epoch + 1}/{epochs}')
+        _run_epoch(
+            acc,
+            model,
+            optimizer,
+            loss_of,
+            batches(epoch, progress['step']),
+            progress,
+            save,
+            f'{desc} {epoch + 1}/{epochs}',
+        )
         _close_epoch(progress, learning_rate(lr, decay, epoch), after_epoch)
     return _until_done(one, progress, epochs, save)
 
@@ -123,7 +153,8 @@ def _until_done(one, progress, epochs, save):
 # %% ../../nbs/training/02_fit.ipynb #118c32ba
 class _Saver:
     "Calls `write` now, or when more than `every` seconds have passed since it last did."
-    def __init__(self, every, write): self.every, self.write, self.last = every, write, time.monotonic()
+    def __init__(self, every, write):
+        self.every, self.write, self.last = every, write, time.monotonic()
     def __call__(self):
         self.write()
         self.last = time.monotonic()
@@ -148,7 +179,14 @@ def _undivided():
 def _run_epoch(acc, model, optimizer, loss_of, batches, progress, save, desc):
     "One pass over an epoch's remaining batches; `progress` counts every finished step."
     model.train()
-    bar = tqdm(batches, desc=desc, unit='batch', leave=False, initial=progress['step'], total=progress['step'] + len(batches))
+    bar = tqdm(
+        batches,
+        desc=desc,
+        unit='batch',
+        leave=False,
+        initial=progress['step'],
+        total=progress['step'] + len(batches),
+    )
     for batch in bar:
         began = time.monotonic()
         with acc.autocast(): loss, parts = loss_of(batch)
@@ -175,22 +213,33 @@ def _count(progress, values, batch, seconds):
 def _close_epoch(progress, lr, after_epoch):
     "Turn the epoch's sums into a row of the history and start the next."
     n = max(progress['samples'], 1)
-    progress['history'].append(dict(epoch=progress['epoch'] + 1, **{k: v/n for k, v in progress['sums'].items()},
-                                    lr=lr, samples=progress['samples'], seconds=round(progress['seconds'], 3)))
+    progress['history'].append(
+        dict(
+            epoch=progress['epoch'] + 1,
+            **{k: v / n for k, v in progress['sums'].items()},
+            lr=lr,
+            samples=progress['samples'],
+            seconds=round(progress['seconds'], 3)
+        )
+    )
     progress.update(epoch=progress['epoch'] + 1, step=0, sums={}, samples=0, seconds=0.)
     if after_epoch: after_epoch(progress['epoch'] - 1, progress['history'])
 
 def _not_finite(values, progress):
-    raise KitError(f"the loss became {values['loss']} in epoch {progress['epoch'] + 1}, step {progress['step'] + 1}", values,
-                   'Lower the learning rate (train.lr), or train without mixed precision; the last checkpoint is kept')
+    raise KitError(f"the loss became {values['loss']} in epoch {progress['epoch'] + 1}, step "
+                   f"{progress['step'] + 1}", values,
+                   'Lower the learning rate (train.lr), or train without mixed precision; the '
+                   'last checkpoint is kept')
 
 # %% ../../nbs/training/02_fit.ipynb #9de5e0a2
 def _resume(checkpoint, config, model, optimizer):
-    "Progress from a checkpoint of this configuration; one of another is set aside, not overwritten."
+    """Progress from a checkpoint of this configuration;
+    one of another is set aside, not overwritten."""
     if not checkpoint or not Path(checkpoint).exists(): return None
     progress = load_checkpoint(checkpoint, config, model, optimizer)
     if progress is None:
         aside = Path(checkpoint).with_suffix(f'.{time.strftime("%Y%m%d-%H%M%S")}.pt')
         Path(checkpoint).rename(aside)
-        print(f'The checkpoint belongs to another configuration; it was kept as {aside.name} and training starts anew.')
+        print(f'The checkpoint belongs to another configuration; it was kept as {aside.name} and '
+              f'training starts anew.')
     return progress

@@ -24,7 +24,10 @@ def intersection_union(
     truth:np.ndarray, # bool (H, W); never empty, `decode_segmentation` sees to it
 )->tuple:             # pixels in both, pixels in either: int, int
     "The two numbers that every metric is made of. Raises `KitError` for masks of different size."
-    if pred.shape != truth.shape: raise KitError(f'the prediction is of size {list(pred.shape)}, the truth of {list(truth.shape)}')
+    if pred.shape != truth.shape:
+        raise KitError(
+            f'the prediction is of size {list(pred.shape)}, the truth of {list(truth.shape)}'
+        )
     return int((pred & truth).sum()), int((pred | truth).sum())
 
 # %% ../../nbs/training/01_metrics.ipynb #be4af499
@@ -37,8 +40,10 @@ def summarise(
 )->dict:          # n, and in percent: oIoU, mIoU, prec@0.5 … prec@0.9
     "The metrics of n samples. Raises `KitError` where there is none, or where a union is empty."
     i, u = np.asarray(intersection, np.int64), np.asarray(union, np.int64)
-    if not len(i) or i.shape != u.shape: raise KitError(f'{len(i)} intersections and {len(u)} unions cannot be summarised')
-    if (u < 1).any(): raise KitError(f'sample {int(np.argmax(u < 1))} has neither a prediction nor a true mask')
+    if not len(i) or i.shape != u.shape:
+        raise KitError(f'{len(i)} intersections and {len(u)} unions cannot be summarised')
+    if (u < 1).any():
+        raise KitError(f'sample {int(np.argmax(u < 1))} has neither a prediction nor a true mask')
     return {'n': len(i), 'oIoU': float(100*i.sum()/u.sum()), 'mIoU': float(100*(i/u).mean()),
             **{f'prec@0.{t}': float(100*(10*i > t*u).mean()) for t in THRESHOLDS}}
 
@@ -48,7 +53,8 @@ def pointing_hit(
     geometry,           # the image's `Letterbox`
     truth:np.ndarray,   # bool (H, W)
 )->bool:
-    "Does the maximum of the position prior, at the original size and within the image, lie in the object?"
+    """Does the maximum of the position prior, at the original size and within the image, lie in the
+    object?"""
     prior = undo_letterbox(prior, geometry).cpu().numpy()
     return bool(truth[np.unravel_index(prior.argmax(), prior.shape)])
 
@@ -59,10 +65,13 @@ def ceiling(
     grid_size:int,   # side of the predicted map: size/4 with Seg, size/8 without
     threshold:float=0.25, # the paper's
 )->tuple:            # intersection and union, pixels
-    "Intersection and union of a perfect prediction: the mask on the target grid (nearest-exact), then inference."
+    """Intersection and union of a perfect prediction: the mask on the target grid (nearest-exact),
+    then inference."""
     boxed = torch.from_numpy(letterbox_mask(mask, size))[None, None].float()
     grid = F.interpolate(boxed, size=(grid_size, grid_size), mode='nearest-exact')[0, 0]
-    return intersection_union(predict_mask(grid, letterbox_geometry(*mask.shape, size), threshold), mask)
+    return intersection_union(
+        predict_mask(grid, letterbox_geometry(*mask.shape, size), threshold), mask
+    )
 
 # %% ../../nbs/training/01_metrics.ipynb #dae58804
 def encode_rle(
@@ -85,17 +94,25 @@ def write_predictions(
 def _few(items):
     "The first few of many."
     items = list(items)
-    return ', '.join(map(str, items[:5])) + (f' and {len(items) - 5} more' if len(items) > 5 else '')
+    return ', '.join(map(str, items[:5])) + (
+        f' and {len(items) - 5} more' if len(items) > 5 else ''
+    )
 
 # %% ../../nbs/training/01_metrics.ipynb #3ef6e856
 def read_predictions(
     path,   # .json: [{"sent_id": …, "segmentation": {"size": [h, w], "counts": "…"}}, …]
 )->dict:    # sent_id -> segmentation, as it stands in the file
-    "Read a predictions file. Raises `KitError` where it is missing, no JSON, of another form, or names a sentence twice."
+    """Read a predictions file.
+    Raises `KitError` where it is missing, no JSON, of another form, or names a sentence twice."""
     try: rows = json.loads(open(path, encoding='utf-8').read())
-    except FileNotFoundError: raise KitError('the predictions file is missing', path, 'Write one: lts evaluate … --predictions FILE') from None
-    except OSError as e: raise KitError(f'the predictions file cannot be read: {e.strerror}', path) from e
-    except (ValueError, RecursionError) as e: raise KitError(f'the predictions file is no JSON: {e}', path) from e
+    except FileNotFoundError:
+        raise KitError(
+            'the predictions file is missing', path, 'Write one: lts evaluate … --predictions FILE'
+        ) from None
+    except OSError as e:
+        raise KitError(f'the predictions file cannot be read: {e.strerror}', path) from e
+    except (ValueError, RecursionError) as e:
+        raise KitError(f'the predictions file is no JSON: {e}', path) from e
     form = 'Each entry must be {"sent_id": number, "segmentation": {"size": [h, w], "counts": "…"}}'
     if not isinstance(rows, list): raise KitError('the predictions file holds no list', path, form)
     for n, row in enumerate(rows):
@@ -103,7 +120,11 @@ def read_predictions(
             raise KitError(f'entry {n} is no prediction: {reprlib.repr(row)[:80]}', path, form)
     ids = [row['sent_id'] for row in rows]
     found = {i: row['segmentation'] for i, row in zip(ids, rows)}
-    if len(found) < len(ids): raise KitError(f'sent_ids occur twice: {_few(sorted(i for i, n in Counter(ids).items() if n > 1))}', path)
+    if len(found) < len(ids):
+        raise KitError(
+            f'sent_ids occur twice: {_few(sorted(i for i, n in Counter(ids).items() if n > 1))}',
+            path,
+        )
     return found
 
 # %% ../../nbs/training/01_metrics.ipynb #40d56fc5
@@ -116,8 +137,19 @@ def _prediction(segmentation, image):
 def _check_ids(predicted, wanted, path, split):
     "Every sentence of the split must be there, and no other."
     missing, unknown = sorted(wanted - predicted), sorted(predicted - wanted)
-    if missing: raise KitError(f'{len(missing)} of {len(wanted)} sentences of {split} are missing: sent_id {_few(missing)}', path, 'Predict every sentence; an empty mask is allowed')
-    if unknown: raise KitError(f'{len(unknown)} sent_ids are not of {split}: {_few(unknown)}', path, 'Check --dataset, --split and --by')
+    if missing:
+        raise KitError(
+            f'{len(missing)} of {len(wanted)} sentences of {split} are missing: sent_id '
+            f'{_few(missing)}',
+            path,
+            'Predict every sentence; an empty mask is allowed',
+        )
+    if unknown:
+        raise KitError(
+            f'{len(unknown)} sent_ids are not of {split}: {_few(unknown)}',
+            path,
+            'Check --dataset, --split and --by',
+        )
 
 # %% ../../nbs/training/01_metrics.ipynb #8212aa35
 def score_predictions(
@@ -125,7 +157,9 @@ def score_predictions(
     refer,      # the `Refer` it is for
     split:str,  # val, testA …
 )->dict:        # n, and in percent: oIoU, mIoU, prec@0.5 … prec@0.9
-    "Score a predictions file. Raises `KitError` naming missing, unknown or repeated sent_ids, wrong sizes and broken RLEs: nothing is skipped."
+    """Score a predictions file.
+    Raises `KitError` naming missing, unknown or repeated sent_ids, wrong sizes and broken RLEs:
+    nothing is skipped."""
     predictions, sentences = read_predictions(path), refer.sentences_of(split)
     _check_ids(predictions.keys(), {s.sent_id for _, s in sentences}, path, split)
     truth = lru_cache(8)(refer.mask)

@@ -77,7 +77,8 @@ def shared_backbone(
     "Where a run's backbone weights are: with the kit, in the report's folder, or among the data."
     b = config.backbone
     if b.weights == 'shipped': return SHIPPED/'backbone.safetensors'
-    if b.weights == 'pretrained': return Path(out)/'shared'/f'backbone-{config_hash(b.plain())}.safetensors'
+    if b.weights == 'pretrained':
+        return Path(out)/'shared'/f'backbone-{config_hash(b.plain())}.safetensors'
     return Path(root)/b.weights
 
 # %% ../../nbs/training/06_opening.ipynb #6c2fb2e9
@@ -86,12 +87,24 @@ def _pretrain_here(config, root, path):
     b, p = config.backbone, config.backbone.pretrain
     acc = set_up(config.compute.replace(threads=p.threads), p.seed)
     net = Darknet53(b.width, b.depths, b.neck)
-    history = pretrain([Refer(root, d) for d in FAMILY], net, images=p.images, batch=p.batch, lr=p.lr,
-                       epochs=p.epochs, decay=p.decay, seed=p.seed, sizes=p.sizes,
-                       workers=config.compute.pretrain_workers, checkpoint=path.with_suffix('.pt'),
-                       accelerator=acc)
+    history = pretrain(
+        [Refer(root, d) for d in FAMILY],
+        net,
+        images=p.images,
+        batch=p.batch,
+        lr=p.lr,
+        epochs=p.epochs,
+        decay=p.decay,
+        seed=p.seed,
+        sizes=p.sizes,
+        workers=config.compute.pretrain_workers,
+        checkpoint=path.with_suffix('.pt'),
+        accelerator=acc,
+    )
     save_backbone(net, path)
-    write_text(path.with_suffix('.json'), json.dumps(dict(backbone=b.plain(), history=history), indent=1))
+    write_text(
+        path.with_suffix('.json'), json.dumps(dict(backbone=b.plain(), history=history), indent=1)
+    )
     return history
 
 def ensure_backbone(
@@ -106,7 +119,11 @@ def ensure_backbone(
         raise KitError('the backbone that the kit ships is missing', path,
                        'Work in a clone of the kit, or make one anew: lts reproduce --pretrain')
     if weights != 'pretrained':
-        raise KitError('the backbone weights are missing', path, f'Get them: lts data fetch darknet --root {root}')
+        raise KitError(
+            'the backbone weights are missing',
+            path,
+            f'Get them: lts data fetch darknet --root {root}',
+        )
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise disk_error(e, path.parent) from e
     with FileLock(path.with_suffix('.lock')):  # the second of two processes waits, and finds it there
@@ -165,7 +182,8 @@ class _Batches(Dataset):
     def __getitem__(self, rows):
         b = self.samples.batch(rows)
         # live features: images are opened here, the backbone runs later on the device
-        if isinstance(self.source, LiveFeatures): return b | {'pixels': self.source.images(b['images'])}
+        if isinstance(self.source, LiveFeatures):
+            return b | {'pixels': self.source.images(b['images'])}
         return b | {'features': self.source(b['images'])}
 
 def loader(
@@ -176,8 +194,14 @@ def loader(
 )->DataLoader:
     "Batches with features; draws nothing from the global generator."
     workers = min(workers, os.cpu_count() or 1)  # more would only get in each other's way
-    return DataLoader(_Batches(samples, source), batch_size=None, sampler=batches, num_workers=workers,
-                      generator=torch.Generator(), prefetch_factor=4 if workers else None)
+    return DataLoader(
+        _Batches(samples, source),
+        batch_size=None,
+        sampler=batches,
+        num_workers=workers,
+        generator=torch.Generator(),
+        prefetch_factor=4 if workers else None,
+    )
 
 def on_device(
     batch:dict,  # from `loader`
@@ -186,5 +210,9 @@ def on_device(
 )->tuple:        # (features, batch): tensors on the device, but for `lengths`, which packing wants on the CPU
     "A batch where the model is."
     features = source.of_images(batch['pixels']) if 'pixels' in batch else batch['features']
-    moved = {k: v.to(device) for k, v in batch.items() if torch.is_tensor(v) and k not in ('lengths', 'pixels')}
+    moved = {
+        k: v.to(device)
+        for k, v in batch.items()
+        if torch.is_tensor(v) and k not in ('lengths', 'pixels')
+    }
     return tuple(f.to(device) for f in features), batch | moved

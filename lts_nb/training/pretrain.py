@@ -22,8 +22,12 @@ def pretraining_images(
     refers,  # Refer of each set
 )->list:     # image ids, sorted
     "Training images of the sets together, without any image that one of them evaluates on."
-    of = lambda refer, train: {r.image_id for r in refer.refs.values() if (r.split == 'train') == train}
-    return sorted(set().union(*(of(r, True) for r in refers)) - set().union(*(of(r, False) for r in refers)))
+    of = lambda refer, train: {
+        r.image_id for r in refer.refs.values() if (r.split == 'train') == train
+    }
+    return sorted(
+        set().union(*(of(r, True) for r in refers)) - set().union(*(of(r, False) for r in refers))
+    )
 
 # %% ../../nbs/training/03_pretrain.ipynb #d8babbe1
 def class_names(
@@ -64,7 +68,9 @@ class _Cells(Dataset):
         for a in refer.annotations.values(): self.of.setdefault(a.image_id, []).append(a)
     def __getitem__(self, key):
         ids, size = key
-        x = torch.stack([torch.as_tensor(letterbox_image(self.refer.open_image(i), size)) for i in ids])
+        x = torch.stack(
+            [torch.as_tensor(letterbox_image(self.refer.open_image(i), size)) for i in ids]
+        )
         y = np.stack([class_maps(self.refer, self.of.get(i, []), self.names, size) for i in ids])
         return dict(x=x, y=torch.from_numpy(y), rows=ids)
 
@@ -73,18 +79,22 @@ def _plan(image_ids, seed, epoch, n, batch, sizes):
     "The epoch's (ids, size) pairs."
     rng = np.random.default_rng(np.random.SeedSequence((seed, epoch)))
     ids = [image_ids[i] for i in rng.permutation(len(image_ids))[:n]]
-    if len(ids) < n: ids += [image_ids[int(i)] for i in rng.integers(0, len(image_ids), n - len(ids))]
+    if len(ids) < n:
+        ids += [image_ids[int(i)] for i in rng.integers(0, len(image_ids), n - len(ids))]
     return [(ids[i:i + batch], int(rng.choice(sizes))) for i in range(0, n, batch)]
 
 # %% ../../nbs/training/03_pretrain.ipynb #008c5f9c
 class CellClassifier(nn.Module):
-    "A backbone with a 1×1 classifier on each of its three maps, and a 1×1 regressor of places on the coarsest."
+    """A backbone with a 1×1 classifier on each of its three maps, and a 1×1 regressor of places on
+    the coarsest."""
     def __init__(self,
         backbone:Darknet53, # trained along
         classes:int,  # from `class_names`
     ):
         super().__init__()
-        self.backbone, self.heads = backbone, nn.ModuleList(nn.Conv2d(c, classes, 1) for c in backbone.channels)
+        self.backbone, self.heads = backbone, nn.ModuleList(
+            nn.Conv2d(c, classes, 1) for c in backbone.channels
+        )
         self.place = nn.Conv2d(backbone.channels[0], 2, 1)
         for h in self.heads: nn.init.constant_(h.bias, -3.)
     def forward(self,
@@ -101,9 +111,12 @@ def cell_loss(
     maps:torch.Tensor, # (B, classes, H, W) bool
     weight:float=.6,   # of the places' squared error
 )->torch.Tensor:       # scalar
-    "Binary cross-entropy against the share of each cell that a class covers, mean over cells, sum over the three maps; plus the places' error."
+    """Binary cross-entropy against the share of each cell that a class covers, mean over cells, sum
+    over the three maps; plus the places' error."""
     y, shares, there = maps.float(), {}, cell_places(*places.shape[-2:]).to(places.device)
-    for z in reversed(logits): shares[z.shape[-2:]] = y = F.adaptive_avg_pool2d(y, z.shape[-2:])  # finest first: each from the one before
+    for z in reversed(logits):
+        # finest first: each from the one before
+        shares[z.shape[-2:]] = y = F.adaptive_avg_pool2d(y, z.shape[-2:])
     classes = sum(F.binary_cross_entropy_with_logits(z, shares[z.shape[-2:]]) for z in logits)
     return classes + weight*F.mse_loss(places, there.expand_as(places))
 
@@ -123,13 +136,31 @@ def pretrain(
     device = accelerator.device if accelerator else 'cpu'
     if accelerator: model = model.to(device)
     def batches(epoch, skip):
-        return DataLoader(_Cells(refers[0], names), batch_size=None, sampler=_plan(ids, seed, epoch, each, batch, sizes)[skip:],
-                          num_workers=workers, generator=torch.Generator(), prefetch_factor=4 if workers else None)
+        return DataLoader(
+            _Cells(refers[0], names),
+            batch_size=None,
+            sampler=_plan(ids, seed, epoch, each, batch, sizes)[skip:],
+            num_workers=workers,
+            generator=torch.Generator(),
+            prefetch_factor=4 if workers else None,
+        )
     def loss_of(b):
         x = b['x'].to(device, memory_format=torch.channels_last)
         return cell_loss(*model(x), b['y'].to(device)), {}
-    config = dict(images=images, batch=batch, lr=lr, epochs=epochs, decay=decay, seed=seed, sizes=list(sizes), classes=names, n=len(ids))
-    history = fit(model, loss_of, batches, epochs, lr, decay, checkpoint, config, accelerator, desc='backbone')
+    config = dict(
+        images=images,
+        batch=batch,
+        lr=lr,
+        epochs=epochs,
+        decay=decay,
+        seed=seed,
+        sizes=list(sizes),
+        classes=names,
+        n=len(ids),
+    )
+    history = fit(
+        model, loss_of, batches, epochs, lr, decay, checkpoint, config, accelerator, desc='backbone'
+    )
     backbone.eval().requires_grad_(False)
     return history
 
@@ -139,7 +170,8 @@ def save_backbone(
     path,  # a .safetensors file
 ):
     "Write a backbone's weights."
-    with atomic_path(path) as tmp: save_file({k: v.contiguous().cpu() for k, v in backbone.state_dict().items()}, tmp)
+    with atomic_path(path) as tmp:
+        save_file({k: v.contiguous().cpu() for k, v in backbone.state_dict().items()}, tmp)
 
 # %% ../../nbs/training/03_pretrain.ipynb #6eea388a
 def load_backbone(
@@ -148,6 +180,12 @@ def load_backbone(
 )->Darknet53:            # frozen, in eval mode
     "Read a backbone's weights. KitError where the file is damaged or of another shape."
     try: backbone.load_state_dict(load_file(path))
-    except FileNotFoundError as e: raise KitError('there are no backbone weights', path, 'Make them: lts reproduce') from e
-    except Exception as e: raise KitError(f'the backbone weights do not fit: {str(e).splitlines()[0]}', path, 'Delete the file and make it again') from e
+    except FileNotFoundError as e:
+        raise KitError('there are no backbone weights', path, 'Make them: lts reproduce') from e
+    except Exception as e:
+        raise KitError(
+            f'the backbone weights do not fit: {str(e).splitlines()[0]}',
+            path,
+            'Delete the file and make it again',
+        ) from e
     return backbone.eval().requires_grad_(False)

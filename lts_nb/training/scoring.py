@@ -67,7 +67,14 @@ def sentence_facts(
     for ref, s in samples.rows:
         same = max(1, alike[ref.image_id, ref.category_id])
         rows.append((s.sent_id, ref.ref_id, ref.image_id, s.sent, area[ref.ann_id], same))
-    types = dict(sent_id=np.int64, ref_id=np.int64, image_id=np.int64, sentence=str, area=np.float32, same=np.int64)
+    types = dict(
+        sent_id=np.int64,
+        ref_id=np.int64,
+        image_id=np.int64,
+        sentence=str,
+        area=np.float32,
+        same=np.int64,
+    )
     return {k: np.array(v, t) for (k, t), v in zip(types.items(), zip(*rows))}
 
 # %% ../../nbs/training/08_scoring.ipynb #035a5fec
@@ -136,7 +143,8 @@ def split_ceiling(
     refer, grid = samples.refer, samples.size//stride
     score = {}
     for ref, _ in samples.rows:
-        if ref.ref_id not in score: score[ref.ref_id] = ceiling(refer.mask(ref.ann_id), samples.size, grid)
+        if ref.ref_id not in score:
+            score[ref.ref_id] = ceiling(refer.mask(ref.ann_id), samples.size, grid)
     out = summarise(*np.array([score[ref.ref_id] for ref, _ in samples.rows]).T)
     if cache: write_text(cache, json.dumps(out))
     return out
@@ -148,7 +156,11 @@ def _example(samples, sentence, ref, mask, prior, truth):
     "A scored sentence as a picture can show it."
     image, heat = samples.refer.open_image(ref.image_id), None
     if prior is not None:
-        heat = undo_letterbox(prior.sigmoid(), samples.geometry(ref.image_id)).numpy().astype(np.float16)
+        heat = (
+            undo_letterbox(prior.sigmoid(), samples.geometry(ref.image_id))
+            .numpy()
+            .astype(np.float16)
+        )
     return dict(sent_id=sentence.sent_id, expression=sentence.sent, image=image, prior=heat,
                 prediction=mask, truth=truth)
 
@@ -161,13 +173,15 @@ class ExampleKeeper:
         self.samples, self.kept = samples, []
         self.wanted = {samples.rows[i][1].sent_id for i in range(0, len(samples), step)}
     def __call__(self, sentence, *scored):
-        if sentence.sent_id in self.wanted: self.kept.append(_example(self.samples, sentence, *scored))
+        if sentence.sent_id in self.wanted:
+            self.kept.append(_example(self.samples, sentence, *scored))
 
 # %% ../../nbs/training/08_scoring.ipynb #08184aee
 WORST = 6  # of each kind
 
 class WorstKeeper:
-    "Collects the sentences with the lowest IoU, one an object: prior beside the object, and prior (if there is one) on it."
+    """Collects the sentences with the lowest IoU, one an object: prior beside the object, and prior
+    (if there is one) on it."""
     def __init__(self,
         samples:Samples, # of the split that is scored
     ): self.samples, self.worst = samples, {0: [], 1: []}
@@ -178,7 +192,8 @@ class WorstKeeper:
         full = all(len(w) == WORST and w[-1][0] < rank for w in self.worst.values())
         if 2*i >= u or full: return
         on_it = 1
-        if prior is not None: on_it = int(pointing_hit(prior, self.samples.geometry(ref.image_id), truth))
+        if prior is not None:
+            on_it = int(pointing_hit(prior, self.samples.geometry(ref.image_id), truth))
         example = _example(self.samples, sentence, ref, mask, prior, truth)
         kept = [*self.worst[on_it], (rank, ref.ref_id, example)]
         # one sentence an object: the worst of each
