@@ -44,22 +44,13 @@ def disk_error(
 )->KitError:    # the same as a sentence
     "Turn an error of the disk into a sentence."
     if e.errno == errno.ENOSPC:
-        return KitError(
-            'no space is left on the disk',
-            path,
-            'Free some space and run the same command again; finished work is kept',
-        )
+        return KitError('no space is left on the disk', path,
+                        'Free some space and run the same command again; finished work is kept')
     if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return KitError(
-            'the folder cannot be written',
-            path,
-            'Choose another with --out, or change its permissions',
-        )
-    return KitError(
-        f'writing failed: {e.strerror or e}',
-        path,
-        'Run the same command again; finished work is kept',
-    )
+        return KitError('the folder cannot be written', path,
+                        'Choose another with --out, or change its permissions')
+    return KitError(f'writing failed: {e.strerror or e}', path,
+                    'Run the same command again; finished work is kept')
 
 # %% ../nbs/manual/01_errors.ipynb #28d9820d
 @contextmanager
@@ -114,8 +105,5 @@ def check_unpacked(
     "Raises `KitError` where an archive would unpack to more than `most` bytes."
     with zipfile.ZipFile(path) as z: size = sum(i.file_size for i in z.infolist())
     if size > most:
-        raise KitError(
-            f'it would unpack to {size:,} bytes, more than {most:,}',
-            path,
-            'No run of this kit writes such a file: remove it',
-        )
+        raise KitError(f'it would unpack to {size:,} bytes, more than {most:,}', path,
+                       'No run of this kit writes such a file: remove it')

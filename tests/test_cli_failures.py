@@ -170,7 +170,7 @@ def test_the_status_of_the_runs_is_the_status_of_the_command(lts, monkeypatch, s
     seen = []
     monkeypatch.setattr(batch, 'reproduce', lambda *args: seen.append(args) or status)
     assert lts('reproduce', '--table', '4', '--table', '1', '--seeds', '3', '--cores', '2').status == status
-    assert seen == [('cpu', ['4', '1'], 3, 2, None, None)]
+    assert seen == [('cpu', ['4', '1'], 3, 2, None, None, False)]
 
 
 def test_planning_changes_nothing(lts, tmp_path):
@@ -185,7 +185,7 @@ def test_usage(lts, args):
 
 
 def test_the_help_is_quick_and_plain():
-    code = "import sys; from lts_nb import cli; sys.argv = ['lts', '--help']\ntry: cli.main()\nfinally: print([m for m in ('torch', 'pandas', 'matplotlib', 'rich') if m in sys.modules], file=sys.stderr)"
+    code = "import sys; from lts_nb.manual import cli; sys.argv = ['lts', '--help']\ntry: cli.main()\nfinally: print([m for m in ('torch', 'pandas', 'matplotlib', 'rich') if m in sys.modules], file=sys.stderr)"
     said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | {'FORCE_COLOR': '1', 'COLUMNS': '80'})
     assert said.returncode == 0 and said.stderr.strip() == '[]', said.stderr
     assert '\x1b' not in said.stdout and all(c in said.stdout for c in ('reproduce', 'plan', 'compare', 'data', 'evaluate', 'score', 'predict'))

@@ -359,7 +359,7 @@ def test_archives_that_unpack_without_end(tmp_path):
     torch.save(dict(model=torch.zeros(1 << 24), config='x'), tmp_path/'checkpoint.pt')
     packed_again(tmp_path/'checkpoint.pt')
     with pytest.raises(KitError, match='would unpack'): fit.load_checkpoint(tmp_path/'checkpoint.pt', 'config')
-    with pytest.raises(KitError, match='would unpack'): predict._load_weights(torch.nn.Linear(2, 2), tmp_path/'checkpoint.pt')
+    with pytest.raises(KitError, match='would unpack'): predict._load_weights(torch.nn.Linear(2, 2), tmp_path)
     with zipfile.ZipFile(tmp_path/'worst.npz', 'w', zipfile.ZIP_DEFLATED) as z:
         with z.open('hit.npy', 'w') as f:
             for _ in range(17): f.write(bytes(1 << 26))

@@ -33,19 +33,11 @@ class Samples:
         for name in targets:
             if name not in TARGETS: raise unknown_name('target', name, TARGETS)
         self.refer, self.split, self.vocab = refer, split, vocab
-        self.size, self.downsample, self.stretch, self.targets = (
-            size,
-            downsample,
-            stretch,
-            tuple(targets),
-        )
+        self.size, self.downsample, self.stretch, self.targets = size, downsample, stretch, tuple(targets)
         self.rows = refer.sentences_of(split)
         if not self.rows:
-            raise KitError(
-                f'the split {split!r} has no sentences',
-                refer.root,
-                f'It has: {", ".join(refer.splits())}',
-            )
+            raise KitError(f'the split {split!r} has no sentences', refer.root,
+                           f'It has: {", ".join(refer.splits())}')
         self.ids = [encode(s.sent, vocab, max_len) for _, s in self.rows]
         if shuffle is not None: self.ids = _others_sentences(self.rows, self.ids, shuffle)
         self._by_ref, self._by_image, self._grids, self._boxes = {}, {}, {}, {}
@@ -62,9 +54,9 @@ class Samples:
 def _others_sentences(rows, ids, seed):
     "Each row's word ids from a row of another object; every sentence is used once."
     refs = sorted({ref.ref_id for ref, _ in rows})
-    rank = dict(
-        zip(refs, torch.randperm(len(refs), generator=torch.Generator().manual_seed(seed)).tolist())
-    )
+    rank = dict(zip(refs,
+                    torch.randperm(len(refs),
+                                   generator=torch.Generator().manual_seed(seed)).tolist()))
     source = sorted(range(len(rows)), key=lambda i: (rank[rows[i][0].ref_id], i))
     longest = max(Counter(ref.ref_id for ref, _ in rows).values())
     taken = source[longest:] + source[:longest]
@@ -82,12 +74,11 @@ def grid(self:Samples,
     side = self.size//stride
     if (ann_id, stride) not in self._grids:
         mask, corner = self.refer.mask(ann_id), self.downsample == 'nearest'
-        self._grids[ann_id, stride] = np.packbits(
-            letterbox_grid(mask, self.size, side, self.stretch, corner)
-        )
-    return (
-        np.unpackbits(self._grids[ann_id, stride], count=side**2).reshape(side, side).astype(bool)
-    )
+        self._grids[ann_id,
+                    stride] = np.packbits(letterbox_grid(mask, self.size, side, self.stretch,
+                                                         corner))
+    return np.unpackbits(self._grids[ann_id, stride], count=side**2).reshape(side,
+                                                            side).astype(bool)
 
 @patch
 def grids(self:Samples,
@@ -183,14 +174,9 @@ def epoch_rows(self:Samples,
     if all_sentences: return _order(len(self), seed, epoch)
     refs = list(self._by_ref)
     n = n or len(refs)
-    walk = [
-        refs[i]
-        for k in range(epoch * n // len(refs), ((epoch + 1) * n - 1) // len(refs) + 1)
-        for i in _order(len(refs), seed, k, 1)
-    ]
+    walk = [refs[i] for k in range(epoch*n//len(refs), ((epoch + 1)*n - 1)//len(refs) + 1)
+            for i in _order(len(refs), seed, k, 1)]
     start = epoch*n % len(refs)
     draw = np.random.default_rng(np.random.SeedSequence((seed, epoch, 2))).random(n)
-    return [
-        self._by_ref[r][int(u * len(self._by_ref[r]))]
-        for r, u in zip(walk[start : start + n], draw)
-    ]
+    return [self._by_ref[r][int(u*len(self._by_ref[r]))] for r,
+            u in zip(walk[start:start + n], draw)]

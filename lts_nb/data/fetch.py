@@ -35,81 +35,37 @@ def _refer(name, stamp, size, sha256):
     """One of the three annotation archives: the original host, silent since 2022, and its archived
     copy."""
     host = f'https://bvisionweb1.cs.unc.edu/licheng/referit/data/{name}.zip'
-    return Download(
-        f'{name}.zip',
-        (f'https://web.archive.org/web/{stamp}id_/{host}', host),
-        f'sha256:{sha256}',
-        ((f'{name}/', f'{name}/'),),
-        size,
-        2 << 30,
-    )
+    return Download(f'{name}.zip', (f'https://web.archive.org/web/{stamp}id_/{host}', host),
+                    f'sha256:{sha256}', ((f'{name}/', f'{name}/'),), size, 2 << 30)
 
 DOWNLOADS = {
-    'refcoco': _refer(
-        'refcoco',
-        20220413011718,
-        53_993_993,
-        '7f924bb7ed8dc4568058e4ff626281918d56e5206f4c868c5a80f088f38c8bf0',
-    ),
-    'refcoco+': _refer(
-        'refcoco+',
-        20220413011656,
-        45_613_210,
-        '5f1238112d63199e68da54a28f201471909b21ded7ed79a57d51b4c1443c6b45',
-    ),
-    'refcocog': _refer(
-        'refcocog',
-        20220413012904,
-        56_712_951,
-        '3d1f7e5b2ff2205940bf59de55f861f5f2cc1403fb980669933a7f9af1aa8211',
-    ),
-}
+    'refcoco':  _refer('refcoco', 20220413011718, 53_993_993,
+                       '7f924bb7ed8dc4568058e4ff626281918d56e5206f4c868c5a80f088f38c8bf0'),
+    'refcoco+': _refer('refcoco+', 20220413011656, 45_613_210,
+                       '5f1238112d63199e68da54a28f201471909b21ded7ed79a57d51b4c1443c6b45'),
+    'refcocog': _refer('refcocog', 20220413012904, 56_712_951,
+                       '3d1f7e5b2ff2205940bf59de55f861f5f2cc1403fb980669933a7f9af1aa8211')}
 
 # %% ../../nbs/data/06_fetch.ipynb #b01f0a4a
-_glove = lambda file: tuple(
-    f'{host}/{file}'
-    for host in (
-        'https://nlp.stanford.edu/data',
-        'https://downloads.cs.stanford.edu/nlp/data',
-        'https://huggingface.co/stanfordnlp/glove/resolve/main',
-    )
-)
+_glove = lambda file: tuple(f'{host}/{file}' for host in ('https://nlp.stanford.edu/data',
+                                                          'https://downloads.cs.stanford.edu/nlp/data', 'https://huggingface.co/stanfordnlp/glove/resolve/main'))
 
 DOWNLOADS |= {
-    'coco-train2014': Download(
-        'train2014.zip',
-        tuple(f'{s}://images.cocodataset.org/zips/train2014.zip' for s in ('http', 'https')),
+    'coco-train2014': Download('train2014.zip',
+                               tuple(f'{s}://images.cocodataset.org/zips/train2014.zip'
+                                     for s in ('http', 'https')),
         'sha256:ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775',
-        (('train2014/', 'images/mscoco/images/train2014/'),),
-        13_510_573_713,
-        20 << 30,
-    ),
-    'glove': Download(
-        'glove.840B.300d.zip',
-        _glove('glove.840B.300d.zip'),
-        'sha256:c06db255e65095393609f19a4cfca20bf3a71e20cc53e892aafa490347e3849f',
-        (('glove.840B.300d.txt', 'glove/glove.840B.300d.txt'),),
-        None,
-        8 << 30,
-    ),
-    'glove-6b': Download(
-        'glove.6B.zip',
-        _glove('glove.6B.zip'),
-        'sha256:617afb2fe6cbd085c235baf7a465b96f4112bd7f7ccb2b2cbd649fed9cbcf2fb',
-        (('glove.6B.', 'glove/glove.6B.'),),
-        862_182_613,
-        4 << 30,
-    ),
-    'darknet': Download(
-        'yolov3.weights',
-        (
-            'https://github.com/hank-ai/darknet/releases/download/v2.0/yolov3.weights',
-            'https://pjreddie.com/media/files/yolov3.weights',
-        ),
-        'md5:c84e5b99d0e52cd466ae710cadf6d84c',
-        (('', 'darknet/yolov3.weights'),),
-        248_007_048,
-    ),
+        (('train2014/', 'images/mscoco/images/train2014/'),), 13_510_573_713, 20 << 30),
+    'glove': Download('glove.840B.300d.zip', _glove('glove.840B.300d.zip'),
+                      'sha256:c06db255e65095393609f19a4cfca20bf3a71e20cc53e892aafa490347e3849f',
+        (('glove.840B.300d.txt', 'glove/glove.840B.300d.txt'),), None, 8 << 30),
+    'glove-6b': Download('glove.6B.zip', _glove('glove.6B.zip'),
+                         'sha256:617afb2fe6cbd085c235baf7a465b96f4112bd7f7ccb2b2cbd649fed9cbcf2fb',
+        (('glove.6B.', 'glove/glove.6B.'),), 862_182_613, 4 << 30),
+    'darknet': Download('yolov3.weights',
+                        ('https://github.com/hank-ai/darknet/releases/download/v2.0/yolov3.weights',
+                         'https://pjreddie.com/media/files/yolov3.weights'),
+        'md5:c84e5b99d0e52cd466ae710cadf6d84c', (('', 'darknet/yolov3.weights'),), 248_007_048),
 }
 
 # %% ../../nbs/data/06_fetch.ipynb #181cca71
@@ -154,7 +110,9 @@ def _offered(answer, have, size):
 def _append(answer, part, have, most, desc):
     "Write an answer's bytes behind the first `have`; how many stand then."
     marked, since = have, time.monotonic()
-    with open(part, 'r+b' if have else 'wb') as f, tqdm(desc=desc, initial=have, total=most, unit='B', unit_scale=True, leave=False, disable=None) as bar:
+    with open(part, 'r+b' if have else 'wb') as f, tqdm(desc=desc, initial=have, total=most,
+                                                        unit='B', unit_scale=True, leave=False,
+                                                        disable=None) as bar:
         f.truncate(have); f.seek(have)
         while block := answer.raw.read1(1 << 18):
             have += len(block)
@@ -200,9 +158,8 @@ def _from_source(url, d, folder, part):
     from its beginning where what another source left behind was wrong. ValueError for other
     bytes."""
     def by_parts(url, to, _): _persist(url, part, d.size); shutil.move(part, to)
-    resumed, get = part.exists(), lambda: Path(
-        pooch.retrieve(url, d.known, d.file, folder, downloader=by_parts)
-    )
+    resumed, get = part.exists(), lambda: Path(pooch.retrieve(url, d.known, d.file, folder,
+                                                            downloader=by_parts))
     try: return get()
     except ValueError:
         if not resumed: raise
@@ -224,11 +181,9 @@ def fetch_file(
         except Unusable as e: said.append(f'{url} {e}')
         except ValueError: said.append(f'{url} sends other bytes than the known ones')
         except OSError as e: raise disk_error(e, path) from e
-    raise KitError(
-        'no source gave the file: ' + '; '.join(said),
-        d.file,
-        'Try again later, name a mirror (--url URL), or give the file itself (--from PATH)',
-    )
+    raise KitError('no source gave the file: ' + '; '.join(said), d.file,
+                   'Try again later, name a mirror (--url URL), or give the file itself (--from '
+                   'PATH)')
 
 # %% ../../nbs/data/06_fetch.ipynb #22e1a81e
 def verify(
@@ -238,36 +193,21 @@ def verify(
     path = Path(path)
     if not path.is_file(): raise KitError('there is no such file', path)
     if d.size and path.stat().st_size != d.size:
-        raise KitError(
-            f'the file has {path.stat().st_size:,} bytes; {d.file} has {d.size:,}',
-            path,
-            'Get it again, and move this one away',
-        )
+        raise KitError(f'the file has {path.stat().st_size:,} bytes; {d.file} has {d.size:,}', path,
+                       'Get it again, and move this one away')
     kind, _, digest = d.known.partition(':')
     if pooch.file_hash(path, alg=kind) != digest:
-        raise KitError(
-            f'the file is not the {d.file} that is known: its {kind} differs',
-            path,
-            'Get it again, and move this one away',
-        )
+        raise KitError(f'the file is not the {d.file} that is known: its {kind} differs', path,
+                       'Get it again, and move this one away')
 
 # %% ../../nbs/data/06_fetch.ipynb #6a5dbf04
 def _is_unsafe(info):
     "Could this member be written elsewhere, or is it no plain file?"
     parts = PurePosixPath(info.filename).parts
-    odd = (
-        info.filename.startswith('/')
-        or '\\' in info.filename
-        or ':' in info.filename
-        or '\0' in info.orig_filename
-    )
+    odd = info.filename.startswith('/') or '\\' in info.filename or ':' in info.filename or '\0' in info.orig_filename
     kind = stat.S_IFMT(info.external_attr >> 16)
-    return (
-        odd
-        or '..' in parts
-        or kind not in (0, stat.S_IFREG, stat.S_IFDIR)
-        or bool(info.flag_bits & 1)
-    )
+    return odd or '..' in parts or kind not in (0, stat.S_IFREG,
+                                                stat.S_IFDIR) or bool(info.flag_bits & 1)
 
 # %% ../../nbs/data/06_fetch.ipynb #1ad8b108
 def members(
@@ -278,26 +218,13 @@ def members(
     KitError for an archive that would write elsewhere or hold too much."""
     infos = archive.infolist()
     if bad := next(filter(_is_unsafe, infos), None):
-        raise KitError(
-            f'the archive holds {bad.filename[:80]!r}, which is no plain file inside it; nothing '
-            f'was unpacked',
-            archive.filename,
-            'Get it from another source',
-        )
+        raise KitError(f'the archive holds {bad.filename[:80]!r}, which is no plain file inside '
+                       f'it; nothing was unpacked', archive.filename, 'Get it from another source')
     if (total := sum(i.file_size for i in infos)) > d.unpacked:
-        raise KitError(
-            f'the archive would unpack to {total:,} bytes, more than {d.unpacked:,}; nothing was '
-            f'unpacked',
-            archive.filename,
-            'Get it from another source',
-        )
-    found = [
-        (i, place + i.filename[len(start) :])
-        for i in infos
-        if not i.is_dir()
-        for start, place in d.places
-        if i.filename.startswith(start)
-    ]
+        raise KitError(f'the archive would unpack to {total:,} bytes, more than {d.unpacked:,}; '
+                       f'nothing was unpacked', archive.filename, 'Get it from another source')
+    found = [(i, place + i.filename[len(start):]) for i in infos if not i.is_dir() for start,
+             place in d.places if i.filename.startswith(start)]
     return [(i, to) for i, to in found if only is None or PurePosixPath(to).name in only]
 
 # %% ../../nbs/data/06_fetch.ipynb #07ba9131
@@ -323,10 +250,10 @@ def unpack(
     with archive:
         todo = members(archive, d, only)
         if not todo:
-            raise KitError(
-                f'the archive holds nothing of {d.file}', path, 'Get it from another source'
-            )
-        for info, to in tqdm(todo, desc=f'unpacking {d.file}', unit='file', leave=False, disable=None):
+            raise KitError(f'the archive holds nothing of {d.file}', path,
+                           'Get it from another source')
+        for info, to in tqdm(todo, desc=f'unpacking {d.file}', unit='file', leave=False,
+                             disable=None):
             done.append(_unpack_one(archive, info, root, to))
     return done
 
@@ -335,26 +262,19 @@ def _unpack_one(archive, info, root, to):
     "One member, written completely or not at all."
     place = root/to
     if not place.parent.resolve().is_relative_to(root):
-        raise KitError(
-            'a link in the folder leads outside it',
-            place.parent,
-            'Remove it, or choose another --root',
-        )
+        raise KitError('a link in the folder leads outside it', place.parent,
+                       'Remove it, or choose another --root')
     if place.exists():
         if not _same(place, info):
-            raise KitError(
-                'another file of this name stands there already, and is kept',
-                place,
-                'Move it away, then run the same command again',
-            )
+            raise KitError('another file of this name stands there already, and is kept', place,
+                           'Move it away, then run the same command again')
         return place
     try:
         with atomic_path(place) as tmp, archive.open(info) as f, open(tmp, 'wb') as out:
             shutil.copyfileobj(f, out, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e:
-        raise KitError(
-            f'{info.filename} cannot be unpacked: {e}', archive.filename, 'Get the archive again'
-        ) from e
+        raise KitError(f'{info.filename} cannot be unpacked: {e}', archive.filename,
+                       'Get the archive again') from e
     return place
 
 # %% ../../nbs/data/06_fetch.ipynb #bf84246e
@@ -364,18 +284,11 @@ def needed_images(
     root, # the data's folder
 )->set:   # names of image files
     "The photographs that the data sets in a folder use. KitError where there is no set."
-    parts = {
-        n: by
-        for n in SETS
-        for by in ('unc', 'umd', 'google')
-        if (Path(root) / n / f'refs({by}).p').exists()
-    }
+    parts = {n: by for n in SETS for by in ('unc', 'umd', 'google')
+             if (Path(root)/n/f'refs({by}).p').exists()}
     if not parts:
-        raise KitError(
-            'there is no data set whose photographs could be needed',
-            root,
-            'Fetch one first: lts data fetch refcoco',
-        )
+        raise KitError('there is no data set whose photographs could be needed', root,
+                       'Fetch one first: lts data fetch refcoco')
     refers = [Refer(root, n, by) for n, by in parts.items()]
     return {r.images[ref.image_id].file_name for r in refers for ref in r.refs.values()}
 
@@ -390,25 +303,19 @@ def _standing(d, root, only):
     "What an earlier call unpacked, where all of it stands as it was left; else an empty list."
     try:
         kept = json.loads((root/'downloads'/f'{d.file}.json').read_text())
-        files = {
-            f: n for f, n in kept['files'].items() if only is None or PurePosixPath(f).name in only
-        }
+        files = {f: n for f, n in kept['files'].items() if only is None
+                 or PurePosixPath(f).name in only}
         enough = kept['all'] or only is not None and only <= {PurePosixPath(f).name for f in files}
         if kept['known'] != d.known or not enough: return []
-        return (
-            [root / f for f in files]
-            if all((root / f).stat().st_size == n for f, n in files.items())
-            else []
-        )
+        return [root/f for f in files] if all((root/f).stat().st_size == n for f,
+                                              n in files.items()) else []
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return []
 
 def _remember(d, root, files, only):
     "Write the receipt."
     sizes = {f.relative_to(root.resolve()).as_posix(): f.stat().st_size for f in files}
-    write_text(
-        root / 'downloads' / f'{d.file}.json',
-        json.dumps(dict(known=d.known, all=only is None, files=sizes)),
-    )
+    write_text(root/'downloads'/f'{d.file}.json',
+               json.dumps(dict(known=d.known, all=only is None, files=sizes)))
 
 # %% ../../nbs/data/06_fetch.ipynb #50a11512
 @contextmanager
@@ -418,8 +325,10 @@ def _alone(folder):
     except OSError as e: raise disk_error(e, folder) from e
     lock = FileLock(folder/'.lock')
     try: lock.acquire(timeout=0)
-    except Timeout: print(f'Another `lts data fetch` is at work in {folder.parent}; waiting for '
-                          f'it.', flush=True); lock.acquire()
+    except Timeout:
+        print(f'Another `lts data fetch` is at work in {folder.parent}; waiting for it.',
+              flush=True)
+        lock.acquire()
     try: yield
     finally: lock.release()
 
@@ -452,17 +361,13 @@ def _place(d, root, path, urls):
     to = root/d.places[0][1]
     if to.exists():
         if path and pooch.file_hash(path) != pooch.file_hash(to):
-            raise KitError(
-                'another file of this name stands there already, and is kept',
-                to,
-                'Move it away, then run the same command again',
-            )
-        if not path and pooch.file_hash(to, alg=d.known.partition(':')[0]) != d.known.partition(':')[2]:
-            raise KitError(
-                f'another file than the {d.file} that is known stands there, and is kept',
-                to,
-                'Use it as it is, or move it away and run the same command again',
-            )
+            raise KitError('another file of this name stands there already, and is kept', to,
+                           'Move it away, then run the same command again')
+        if not path and pooch.file_hash(to,
+                                        alg=d.known.partition(':')[0]) != d.known.partition(':')[2]:
+            raise KitError(f'another file than the {d.file} that is known stands there, and is '
+                           f'kept', to, 'Use it as it is, or move it away and run the same '
+                                        'command again')
         return to
     if path and not Path(path).is_file(): raise KitError('there is no such file', path)
     source = Path(path) if path else fetch_file(d, root/'downloads', urls)
@@ -485,14 +390,9 @@ def leak_note(
     results:list, # of runs
 )->str:           # '' where nothing is known against any backbone
     "The warning that belongs to every table made with a backbone that has seen evaluation images."
-    seen = sorted(
-        {LEAKY[m] for r in results if (m := (r.get('backbone') or {}).get('md5')) in LEAKY}
-    )
-    return (
-        f'NOT A CLEAN NUMBER: the backbone has seen validation and test images ({"; ".join(seen)}).'
-        if seen
-        else ''
-    )
+    seen = sorted({LEAKY[m] for r in results
+                   if (m := (r.get('backbone') or {}).get('md5')) in LEAKY})
+    return f'NOT A CLEAN NUMBER: the backbone has seen validation and test images ({"; ".join(seen)}).' if seen else ''
 
 # %% ../../nbs/data/06_fetch.ipynb #9516cf23
 def excluded_images(
@@ -511,14 +411,9 @@ def check_backbone(
     try: lines = Path(trained_on).read_text().split()
     except (OSError, UnicodeDecodeError) as e:
         raise KitError('the list of training images cannot be read', trained_on) from e
-    digits = [
-        ''.join(c for c in PurePosixPath(line).stem.split('_')[-1] if c.isdecimal())
-        for line in lines
-    ]
+    digits = [''.join(c for c in PurePosixPath(line).stem.split('_')[-1] if c.isdecimal())
+              for line in lines]
     if not lines or not all(digits):
-        raise KitError(
-            'a line of the list has no image id',
-            trained_on,
-            'One id, or one COCO file name, a line',
-        )
+        raise KitError('a line of the list has no image id', trained_on,
+                       'One id, or one COCO file name, a line')
     return sorted(set(map(int, digits)) & set(excluded))

@@ -26,7 +26,7 @@ CATEGORIES = tuple(NOUNS)
 COLOURS = {'red': (214, 40, 40), 'green': (40, 160, 60), 'blue': (45, 90, 220),
            'yellow': (240, 205, 40), 'pink': (240, 120, 190), 'white': (240, 240, 240)}
 # radius as a share of the shorter side; nothing lies between
-SIZES = {'small': (0.14, 0.165), 'big': (0.22, 0.255)}
+SIZES = {'small': (.14, .165), 'big': (.22, .255)}
 PATTERNS = ('plain', 'striped')
 
 # %% ../../nbs/data/02_shapes.ipynb #191b823f
@@ -38,59 +38,18 @@ def _ring(n, inner=1., phase=0.):
 
 _HEAD = _ring(10)*.32 + [0, -.72]
 OUTLINES = {
-    'person': np.concatenate(
-        [
-            [[-0.12, -0.4]],
-            _HEAD[6:],
-            _HEAD[:5],
-            [
-                [0.12, -0.4],
-                [0.62, -0.3],
-                [0.62, 0.15],
-                [0.4, 0.15],
-                [0.4, 1.05],
-                [0.06, 1.05],
-                [0.06, 0.4],
-                [-0.06, 0.4],
-                [-0.06, 1.05],
-                [-0.4, 1.05],
-                [-0.4, 0.15],
-                [-0.62, 0.15],
-                [-0.62, -0.3],
-            ],
-        ]
-    ),
-    'ball': _ring(24) * 0.95,
-    'box': np.array([[-0.85, -0.85], [0.85, -0.85], [0.85, 0.85], [-0.85, 0.85]]),
-    'star': _ring(10, inner=0.45) * 1.15,
-    'tree': np.array(
-        [
-            [0, -1.15],
-            [0.85, 0.4],
-            [0.22, 0.4],
-            [0.22, 1.0],
-            [-0.22, 1.0],
-            [-0.22, 0.4],
-            [-0.85, 0.4],
-        ]
-    ),
-    'cup': np.array(
-        [
-            [-0.75, -0.8],
-            [0.5, -0.8],
-            [0.5, -0.6],
-            [0.95, -0.6],
-            [0.95, 0.3],
-            [0.45, 0.3],
-            [0.42, 0.1],
-            [0.72, 0.1],
-            [0.72, -0.35],
-            [0.48, -0.35],
-            [0.38, 0.85],
-            [-0.55, 0.85],
-        ]
-    ),
-}
+    'person': np.concatenate([[[-.12, -.4]], _HEAD[6:], _HEAD[:5],
+                              [[.12, -.4], [.62, -.3], [.62, .15], [.4, .15],
+        [.4, 1.05], [.06, 1.05], [.06, .4], [-.06, .4], [-.06, 1.05], [-.4, 1.05], [-.4, .15],
+        [-.62, .15], [-.62, -.3]]]),
+    'ball': _ring(24)*.95,
+    'box':  np.array([[-.85, -.85], [.85, -.85], [.85, .85], [-.85, .85]]),
+    'star': _ring(10, inner=.45)*1.15,
+    'tree': np.array([[0, -1.15], [.85, .4], [.22, .4], [.22, 1.], [-.22, 1.], [-.22, .4],
+                      [-.85, .4]]),
+    'cup':  np.array([[-.75, -.8], [.5, -.8], [.5, -.6], [.95, -.6], [.95, .3], [.45, .3],
+                      [.42, .1],
+                      [.72, .1], [.72, -.35], [.48, -.35], [.38, .85], [-.55, .85]])}
 
 # %% ../../nbs/data/02_shapes.ipynb #bc794165
 @dataclass(frozen=True)
@@ -166,15 +125,8 @@ def _place(rng, recipe, categories, width, height):
             if all(math.hypot(cx - a, cy - b) > .8*(r + q) for a, b, q in spots): break
         else: return None
         spots.append((cx, cy, r))
-        things.append(
-            Thing(
-                category,
-                _pick(rng, tuple(COLOURS)),
-                size,
-                _pick(rng, PATTERNS),
-                _outline(rng, category, r, cx, cy),
-            )
-        )
+        things.append(Thing(category, _pick(rng, tuple(COLOURS)), size, _pick(rng, PATTERNS),
+                            _outline(rng, category, r, cx, cy)))
     return things
 
 # %% ../../nbs/data/02_shapes.ipynb #0f565476
@@ -233,30 +185,25 @@ def paint(
         if t.pattern == 'striped':
             band = ((xx + (yy if rng.random() < .5 else -yy)) // 4) % 2
             paper = np.where(band[..., None] == 1, ink // 3, paper)
-        image = np.where(
-            t.visible[..., None],
-            paper + (rng.random(image.shape[:2]) * 16).astype(np.int16)[..., None] - 8,
-            image,
-        )
+        image = np.where(t.visible[..., None],
+                         paper + (rng.random(image.shape[:2])*16).astype(np.int16)[..., None] - 8,
+                         image)
     return image.clip(0, 255).astype(np.uint8)
 
 # %% ../../nbs/data/02_shapes.ipynb #56f8d7e9
 MARGIN = .18  # of the image's side: a smaller difference of place decides nothing
 _NOUN = {noun: c for c, nouns in NOUNS.items() for noun in nouns}
 _AXIS = {'left': (0, 1), 'right': (0, -1), 'top': (1, 1), 'bottom': (1, -1)}
-_RELATION = {
-    'to the left of': (0, -1),
-    'to the right of': (0, 1),
-    'above': (1, -1),
-    'below': (1, 1),
-}
+_RELATION = {'to the left of': (0, -1), 'to the right of': (0, 1), 'above': (1, -1),
+             'below': (1, 1)}
 
 def _noun_phrase(words):
     "The attributes that a noun phrase asks for, or None where a word is not understood."
     want, words = {}, [w for w in words if w not in ('the', 'a', 'an', 'in', 'one')]
     text = ' '.join(words).replace('with stripes', 'striped').replace('without stripes', 'plain')
     for w in text.split():
-        for key, known in (('category', _NOUN), ('colour', COLOURS), ('size', SIZES), ('pattern', PATTERNS)):
+        for key, known in (('category', _NOUN), ('colour', COLOURS), ('size', SIZES),
+                           ('pattern', PATTERNS)):
             if w in known and key not in want:
                 want[key] = _NOUN.get(w, w); break
         else: return None
@@ -265,15 +212,9 @@ def _noun_phrase(words):
 def _fits(scene, words):
     "Indices of the things that a noun phrase fits, or None where it is not understood."
     want = _noun_phrase(words)
-    return (
-        None
-        if want is None
-        else [
-            i
-            for i, t in enumerate(scene.things)
-            if all(getattr(t, k) == v for k, v in want.items())
-        ]
-    )
+    return None if want is None else [i for i,
+                                      t in enumerate(scene.things)
+                                      if all(getattr(t, k) == v for k, v in want.items())]
 
 # %% ../../nbs/data/02_shapes.ipynb #84a1ce33
 def _at(scene, i): return scene.things[i].x/scene.width, scene.things[i].y/scene.height
@@ -290,9 +231,9 @@ def _corner(scene, ids, vertical, side):
     "The one of `ids` in a quarter of the picture; empty where another is near that quarter."
     def inside(i, slack):
         x, y = _at(scene, i)
-        return (x < 0.5 + slack if side == 'left' else x > 0.5 - slack) and (
-            y < 0.5 + slack if vertical == 'top' else y > 0.5 - slack
-        )
+        return (x < .5 + slack if side == 'left' else x > .5 - slack) and (y < .5 + slack
+                                                            if vertical == 'top'
+                                                            else y > .5 - slack)
     sure, maybe = [i for i in ids if inside(i, -MARGIN/2)], [i for i in ids if inside(i, MARGIN/2)]
     return sure if len(maybe) == 1 else []
 
@@ -304,10 +245,8 @@ def _related(scene, ids, relation, anchor):
     ids = [i for i in ids if i != anchor]
     if relation == 'closest to':
         things, short = scene.things, min(scene.width, scene.height)
-        far = sorted(
-            (math.hypot(things[i].x - things[anchor].x, things[i].y - things[anchor].y) / short, i)
-            for i in ids
-        )
+        far = sorted((math.hypot(things[i].x - things[anchor].x,
+                                 things[i].y - things[anchor].y)/short, i) for i in ids)
         return [far[0][1]] if len(far) > 1 and far[1][0] - far[0][0] >= MARGIN else []
     axis, sign = _RELATION[relation]
     gap = {i: sign*(_at(scene, i)[axis] - (ax, ay)[axis]) for i in ids}
@@ -316,22 +255,16 @@ def _related(scene, ids, relation, anchor):
 
 # %% ../../nbs/data/02_shapes.ipynb #a5252eb8
 _SIDE = '(left|right|top|bottom)'
-_REL = re.compile(
-    r'(.+?) (?:that is |standing )?(to the left of|to the right of|above|below|closest to) (.+)'
-)
-_FORMS = [
-    (re.compile(p), kind)
-    for p, kind in (
-        (rf'(?:the )?second (.+) from (?:the )?{_SIDE}', 'second'),
-        (rf'(.+) second from (?:the )?{_SIDE}', 'second'),
-        (r'(?:the )?middle (.+)', 'middle'),
-        (r'(.+) in the middle', 'middle'),
-        (r'(?:the )?(top|bottom) (left|right) (.+)', 'corner'),
-        (r'(.+) in the (top|bottom) (left|right)', 'corner_after'),
-        (rf'(?:far )?{_SIDE} (.+)', 'side'),
-        (rf'(.+) (?:on|at|to) (?:the )?(?:far )?{_SIDE}', 'side_after'),
-    )
-]
+_REL = re.compile(r'(.+?) (?:that is |standing )?(to the left of|to the right '
+                  r'of|above|below|closest to) (.+)')
+_FORMS = [(re.compile(p), kind) for p, kind in (
+    (rf'(?:the )?second (.+) from (?:the )?{_SIDE}', 'second'),
+    (rf'(.+) second from (?:the )?{_SIDE}', 'second'),
+    (r'(?:the )?middle (.+)', 'middle'), (r'(.+) in the middle', 'middle'),
+    (r'(?:the )?(top|bottom) (left|right) (.+)', 'corner'),
+    (r'(.+) in the (top|bottom) (left|right)', 'corner_after'),
+    (rf'(?:far )?{_SIDE} (.+)', 'side'),
+    (rf'(.+) (?:on|at|to) (?:the )?(?:far )?{_SIDE}', 'side_after'))]
 
 def referents(
     sentence:str,  # lower case, of RefShapes' grammar
@@ -340,9 +273,8 @@ def referents(
     "What a sentence means in a scene."
     if m := _REL.fullmatch(sentence):
         ids, anchors = _fits(scene, m[1].split()), _fits(scene, m[3].split())
-        return (
-            _related(scene, ids, m[2], anchors[0]) if ids and anchors and len(anchors) == 1 else []
-        )
+        return _related(scene, ids, m[2],
+                        anchors[0]) if ids and anchors and len(anchors) == 1 else []
     for pattern, kind in _FORMS:
         if m := pattern.fullmatch(sentence): return _placed(scene, kind, m.groups())
     return _fits(scene, sentence.split()) or []
@@ -361,10 +293,8 @@ def _placed(scene, kind, g):
 # %% ../../nbs/data/02_shapes.ipynb #e94f4e6c
 def _looks(rng, t, n):
     "A noun phrase with n of the thing's looks, in the usual order of adjectives."
-    keys = sorted(
-        sorted(('size', 'pattern', 'colour'), key=lambda _: rng.random())[:n],
-        key=('size', 'pattern', 'colour').index,
-    )
+    keys = sorted(sorted(('size', 'pattern', 'colour'), key=lambda _: rng.random())[:n],
+                  key=('size', 'pattern', 'colour').index)
     noun, words = _pick(rng, NOUNS[t.category]), [getattr(t, k) for k in keys]
     if t.category == 'person' and keys[-1:] == ['colour'] and rng.random() < .5:
         return ' '.join(words[:-1] + [noun, 'in', words[-1]])
@@ -377,22 +307,11 @@ def _place_sentence(rng, t):
     np_, side = _looks(rng, t, 1 if rng.random() < .25 else 0), _pick(rng, tuple(_AXIS))
     corner = f"{_pick(rng, ('top', 'bottom'))} {_pick(rng, ('left', 'right'))}"
     if ' with' in np_: np_ = _looks(rng, t, 0)
-    simple = (
-        f'{side} {np_}',
-        f'{side} {np_}',
-        f'{np_} on the {side}',
-        f'{np_} on {side}',
-        f'far {side} {np_}',
-        f'the {np_} to the {side}',
-        f'{corner} {np_}',
-        f'{np_} in the {corner}',
-    )
-    counted = (
-        f'middle {np_}',
-        f'{np_} in the middle',
-        f'second {np_} from the {side}',
-        f'{np_} second from {side}',
-    )
+    simple = (f'{side} {np_}', f'{side} {np_}', f'{np_} on the {side}', f'{np_} on {side}',
+              f'far {side} {np_}', f'the {np_} to the {side}', f'{corner} {np_}',
+              f'{np_} in the {corner}')
+    counted = (f'middle {np_}', f'{np_} in the middle', f'second {np_} from the {side}',
+               f'{np_} second from {side}')
     return _pick(rng, simple if rng.random() < .85 else counted)
 
 # %% ../../nbs/data/02_shapes.ipynb #c92d871a
@@ -435,9 +354,8 @@ def sentences_for(
 def _targets(rng, name, scene, recipe, split):
     "Referred objects of a scene with their sentences, [(index, sentences)]."
     counts = {c: sum(t.category == c for t in scene.things) for c in CATEGORIES}
-    order = sorted(
-        range(len(scene.things)), key=lambda i: (counts[scene.things[i].category] < 2, rng.random())
-    )
+    order = sorted(range(len(scene.things)),
+                   key=lambda i: (counts[scene.things[i].category] < 2, rng.random()))
     if split == 'testA': order = [i for i in order if scene.things[i].category == 'person']
     if split == 'testB': order = [i for i in order if scene.things[i].category != 'person']
     most, refs = recipe.train_refs if split == 'train' else recipe.eval_refs, []
@@ -457,17 +375,13 @@ def make_image(
     """One image with the sentences of all three sets;
     scenes in which a set finds nothing to say are drawn again."""
     for attempt in range(1000):
-        rng = np.random.default_rng(
-            np.random.SeedSequence([recipe.seed, SPLITS.index(split), index, attempt])
-        )
+        rng = np.random.default_rng(np.random.SeedSequence([recipe.seed, SPLITS.index(split), index,
+                                                            attempt]))
         scene = draw_scene(rng, recipe, split)
         refs = {name: _targets(rng, name, scene, recipe, split) for name in FAMILY}
         if all(refs.values()): return scene, paint(scene, rng), refs
-    raise KitError(
-        'no scene of this recipe has a sentence for every set',
-        recipe,
-        'Allow more objects or a larger side',
-    )
+    raise KitError('no scene of this recipe has a sentence for every set', recipe,
+                   'Allow more objects or a larger side')
 
 # %% ../../nbs/data/02_shapes.ipynb #88953997
 def _annotation(thing, ann_id, image_id):
@@ -475,18 +389,11 @@ def _annotation(thing, ann_id, image_id):
     rle = coco_mask.encode(np.asfortranarray(thing.visible.astype(np.uint8)))
     whole = dict(segmentation=[thing.polygon.ravel().tolist()])
     part = dict(segmentation={'size': list(rle['size']), 'counts': rle['counts'].decode()})
-    return dict(
-        id=ann_id,
-        image_id=image_id,
-        category_id=CATEGORIES.index(thing.category) + 1,
-        iscrowd=0,
-        area=float(thing.visible.sum()),
-        bbox=coco_mask.toBbox(rle).tolist(),
+    return dict(id=ann_id, image_id=image_id, category_id=CATEGORIES.index(thing.category) + 1,
+                iscrowd=0,
+        area=float(thing.visible.sum()), bbox=coco_mask.toBbox(rle).tolist(),
         **(whole if thing.whole else part),
-        colour=thing.colour,
-        size_word=thing.size,
-        pattern=thing.pattern
-    )
+        colour=thing.colour, size_word=thing.size, pattern=thing.pattern)
 
 def _records(scene, refs, split, image_id, file_name):
     "An image's COCO records and its refs for each set, without ref_id and sent_id."
@@ -495,17 +402,11 @@ def _records(scene, refs, split, image_id, file_name):
     out = {}
     for name, targets in refs.items():
         its_split = 'test' if name == 'refshapesg' and split.startswith('test') else split
-        out[name] = [
-            dict(
-                ann_id=anns[k]['id'],
-                image_id=image_id,
-                category_id=anns[k]['category_id'],
-                file_name=file_name,
-                split=its_split,
-                sentences=[dict(sent=s, raw=s, tokens=s.split()) for s in said],
-            )
-            for k, said in targets
-        ]
+        out[name] = [dict(ann_id=anns[k]['id'], image_id=image_id,
+                          category_id=anns[k]['category_id'], file_name=file_name,
+                          split=its_split,
+                          sentences=[dict(sent=s, raw=s, tokens=s.split()) for s in said]) for k,
+                          said in targets]
     return image, anns, out
 
 # %% ../../nbs/data/02_shapes.ipynb #55ca6af2
@@ -519,12 +420,8 @@ def _make_chunk(job):
         name = f'RefShapes_{image_id:06d}.png'
         try: PILImage.fromarray(pixels).save(Path(folder)/name, compress_level=1)
         except OSError as e: raise disk_error(e, folder) from e
-        out.append(
-            (
-                *_records(scene, refs, split, image_id, name),
-                hashlib.sha256(pixels.tobytes()).hexdigest(),
-            )
-        )
+        out.append((*_records(scene, refs, split, image_id, name),
+                    hashlib.sha256(pixels.tobytes()).hexdigest()))
     return out
 
 def _jobs(recipe, folder, chunk=100):
@@ -539,9 +436,8 @@ def _jobs(recipe, folder, chunk=100):
 # %% ../../nbs/data/02_shapes.ipynb #782aa98a
 def _digest(*parts):
     "SHA-256 over JSON-able parts, 16 hex digits."
-    return hashlib.sha256(
-        json.dumps(parts, sort_keys=True, separators=(',', ':')).encode()
-    ).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True,
+                                     separators=(',', ':')).encode()).hexdigest()[:16]
 
 def _number(refs):
     "Give refs and sentences their ids, in order."
@@ -555,16 +451,11 @@ def _number(refs):
 # %% ../../nbs/data/02_shapes.ipynb #eabe3386
 def _write_sets(root, rows):
     "The three sets' files from all images' rows; their fingerprints."
-    instances = dict(
-        info={'description': 'RefShapes'},
-        licenses=[],
-        images=[r[0] for r in rows],
-        annotations=[a for r in rows for a in r[1]],
-        categories=[
-            dict(id=i + 1, name=c, supercategory='person' if c == 'person' else 'thing')
-            for i, c in enumerate(CATEGORIES)
-        ],
-    )
+    instances = dict(info={'description': 'RefShapes'}, licenses=[], images=[r[0] for r in rows],
+                     annotations=[a for r in rows for a in r[1]],
+                     categories=[dict(id=i + 1, name=c,
+                                      supercategory='person' if c == 'person' else 'thing') for i,
+                                      c in enumerate(CATEGORIES)])
     pixels, prints = [r[3] for r in rows], {}
     for name in FAMILY:
         refs = _number([ref for r in rows for ref in r[2][name]])
@@ -583,11 +474,8 @@ def make_family(
     root, want = Path(root), json.loads(json.dumps(asdict(recipe)))
     if (made := read_manifest(root)) and made['recipe'] == want: return made['fingerprints']
     if made:
-        raise KitError(
-            'another RefShapes family stands here',
-            root,
-            'Choose another --root, or delete that folder first',
-        )
+        raise KitError('another RefShapes family stands here', root,
+                       'Choose another --root, or delete that folder first')
     folder = root/'images'/'refshapes'
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise disk_error(e, root) from e
@@ -616,11 +504,8 @@ def read_manifest(
     try: return json.loads(path.read_text())
     except FileNotFoundError: return None
     except (OSError, ValueError) as e:
-        raise KitError(
-            'the RefShapes manifest cannot be read',
-            path,
-            'Delete that folder and make it again: lts data make refshapes',
-        ) from e
+        raise KitError('the RefShapes manifest cannot be read', path,
+                       'Delete that folder and make it again: lts data make refshapes') from e
 
 # %% ../../nbs/data/02_shapes.ipynb #2d73e733
 def fingerprint(
@@ -628,16 +513,11 @@ def fingerprint(
     pixels:bool=False,  # read every image as well
 )->str:                 # 16 hex digits; with 'records:' before it where the pixels were left out
     "Fingerprint of a data set over its records and, if wished, its decoded pixels."
-    refs = [
-        [r.ref_id, r.ann_id, r.split, [[s.sent_id, s.sent] for s in r.sentences]]
-        for r in refer.refs.values()
-    ]
-    anns = [
-        [a.ann_id, a.image_id, a.category_id, a.segmentation] for a in refer.annotations.values()
-    ]
+    refs = [[r.ref_id, r.ann_id, r.split, [[s.sent_id, s.sent] for s in r.sentences]]
+            for r in refer.refs.values()]
+    anns = [[a.ann_id, a.image_id, a.category_id, a.segmentation]
+            for a in refer.annotations.values()]
     if not pixels: return 'records:' + _digest(refs, anns)
-    return _digest(
-        refs,
-        anns,
-        [hashlib.sha256(refer.open_image(i).tobytes()).hexdigest() for i in sorted(refer.images)],
-    )
+    return _digest(refs, anns,
+                   [hashlib.sha256(refer.open_image(i).tobytes()).hexdigest()
+                    for i in sorted(refer.images)])

@@ -13,13 +13,7 @@ import numpy as np, pandas as pd
 from scipy import stats
 from .experiments import preset_of, rows
 from .paper import published
-from lts_nb.evidence.tables import (
-    bootstrap_interval,
-    image_totals,
-    load_samples,
-    metric_names,
-    results_frame,
-)
+from .tables import bootstrap_interval, image_totals, load_samples, metric_names, results_frame
 
 # %% ../../nbs/evidence/05_claims.ipynb #26374a80
 @dataclass(frozen=True)
@@ -35,130 +29,59 @@ class Claim:
 
 # %% ../../nbs/evidence/05_claims.ipynb #b4b8a086
 CLAIMS = [
-    Claim(
-        'Fusion helps, without Seg',
-        '§4.4, Table 2: "drops 2.4% (Fusion+Filter vs Filter)"',
-        '2',
-        ('Fusion+Filter', 'Filter'),
-    ),
-    Claim(
-        'Fusion helps, with Seg',
-        '§4.4, Table 2: "1.4% (Fusion+Filter+Seg vs Filter+Seg)"',
-        '2',
-        ('Fusion+Filter+Seg', 'Filter+Seg'),
-    ),
-    Claim(
-        'Filtering helps, without Seg',
-        '§4.4, Table 2: "drops 1.9%"',
-        '2',
-        ('Fusion+Filter', 'Fusion'),
-    ),
-    Claim(
-        'Filtering helps, with Seg',
-        '§4.4, Table 2: "drops […] 1.5%"',
-        '2',
-        ('Fusion+Filter+Seg', 'Fusion+Seg'),
-    ),
-    Claim(
-        'Seg helps Fusion',
-        '§4.4, Table 2: "can effectively improve the performances"',
-        '2',
-        ('Fusion+Seg', 'Fusion'),
-    ),
-    Claim(
-        'Seg helps Filter',
-        '§4.4, Table 2: "can effectively improve the performances"',
-        '2',
-        ('Filter+Seg', 'Filter'),
-    ),
-    Claim(
-        'Seg helps Fusion+Filter',
-        '§4.4, Table 2: "can effectively improve the performances"',
-        '2',
-        ('Fusion+Filter+Seg', 'Fusion+Filter'),
-    ),
-    Claim(
-        'L_loc helps',
-        '§4.4, Table 2: "adding the locating loss also obtains better performance"',
-        '2',
-        ('Fusion+Filter+Seg+Lloc', 'Fusion+Filter+Seg'),
-    ),
+    Claim('Fusion helps, without Seg',     '§4.4, Table 2: "drops 2.4% (Fusion+Filter vs Filter)"',
+          '2', ('Fusion+Filter', 'Filter')),
+    Claim('Fusion helps, with Seg',
+          '§4.4, Table 2: "1.4% (Fusion+Filter+Seg vs Filter+Seg)"', '2',
+          ('Fusion+Filter+Seg', 'Filter+Seg')),
+    Claim('Filtering helps, without Seg',  '§4.4, Table 2: "drops 1.9%"', '2',
+          ('Fusion+Filter', 'Fusion')),
+    Claim('Filtering helps, with Seg',     '§4.4, Table 2: "drops […] 1.5%"', '2',
+          ('Fusion+Filter+Seg', 'Fusion+Seg')),
+    Claim('Seg helps Fusion',
+          '§4.4, Table 2: "can effectively improve the performances"', '2',
+          ('Fusion+Seg', 'Fusion')),
+    Claim('Seg helps Filter',
+          '§4.4, Table 2: "can effectively improve the performances"', '2',
+          ('Filter+Seg', 'Filter')),
+    Claim('Seg helps Fusion+Filter',
+          '§4.4, Table 2: "can effectively improve the performances"', '2',
+          ('Fusion+Filter+Seg', 'Fusion+Filter')),
+    Claim('L_loc helps',
+          '§4.4, Table 2: "adding the locating loss also obtains better performance"', '2',
+          ('Fusion+Filter+Seg+Lloc', 'Fusion+Filter+Seg')),
 ]
 
 # %% ../../nbs/evidence/05_claims.ipynb #20774c4f
 CLAIMS += [
-    Claim(
-        'The transformer beats filtering',
-        '§4.4, Table 4: "can further improve the performance"',
-        '4',
-        ('LTS-Trans', 'LTS'),
-    ),
-    Claim(
-        'Filtering twice beats once',
-        '§4.4, Table 5: "better performance (+0.61 IoU)"',
-        '5',
-        ('LTS n=2', 'LTS n=1'),
-    ),
+    Claim('The transformer beats filtering', '§4.4, Table 4: "can further improve the performance"',
+          '4', ('LTS-Trans', 'LTS')),
+    Claim('Filtering twice beats once',      '§4.4, Table 5: "better performance (+0.61 IoU)"', '5',
+          ('LTS n=2', 'LTS n=1')),
     Claim('Three times does not beat twice', 'Table 5', '5', ('LTS n=3', 'LTS n=2'), 'no better'),
-    Claim(
-        'Word filters are comparable',
-        '§4.4, Table 5: "comparative performances"',
-        '5',
-        ('LTS-WordFilter n=1', 'LTS n=1'),
-        'comparable',
-    ),
-    Claim(
-        'IoU rises with resolution',
-        '§4.4, Table 6: "larger input resolution will improve the performance"',
-        '6',
-        tuple(f'LTS {s}x{s}' for s in (320, 352, 384, 416, 448, 480)),
-        'rising',
-    ),
-    Claim(
-        'LTS* beats LTS',
-        '§4.4, Table 7: "better performances with this setting"',
-        '7',
-        ('LTS*', 'LTS'),
-    ),
-    Claim(
-        'The prior points into the object',
-        '§4.3: "The result is 81.74%"',
-        '1',
-        ('LTS',),
-        'at least',
-        'pointing',
-        81.74,
-    ),
+    Claim('Word filters are comparable',     '§4.4, Table 5: "comparative performances"', '5',
+          ('LTS-WordFilter n=1', 'LTS n=1'), 'comparable'),
+    Claim('IoU rises with resolution',
+          '§4.4, Table 6: "larger input resolution will improve the performance"', '6',
+          tuple(f'LTS {s}x{s}' for s in (320, 352, 384, 416, 448, 480)), 'rising'),
+    Claim('LTS* beats LTS',
+          '§4.4, Table 7: "better performances with this setting"', '7', ('LTS*', 'LTS')),
+    Claim('The prior points into the object', '§4.3: "The result is 81.74%"', '1', ('LTS',),
+          'at least', 'pointing', 81.74),
 ]
 
 # %% ../../nbs/evidence/05_claims.ipynb #3bd2fcae
 CLAIMS += [
-    Claim(
-        'Seg helps CMPC',
-        '§4.4, Table 3: "can generate more precise prediction mask"',
-        '3',
-        ('CMPC+Seg', 'CMPC'),
-    ),
-    Claim(
-        'LTS beats the best earlier method',
-        '§4.2, Table 1: "the best performances under IoU metric across different datasets" (CGAN '
-        'is ahead on RefCOCO testA)',
-        '1',
-        ('LTS', 'CGAN'),
-    ),
+    Claim('Seg helps CMPC',
+          '§4.4, Table 3: "can generate more precise prediction mask"', '3', ('CMPC+Seg', 'CMPC')),
+    Claim('LTS beats the best earlier method',
+          '§4.2, Table 1: "the best performances under IoU metric across different datasets" '
+          '(CGAN is ahead on RefCOCO testA)', '1', ('LTS', 'CGAN')),
     Claim('LTS beats MCN, which shares its backbone', 'Table 1', '1', ('LTS', 'MCN+ASNLS')),
-    Claim(
-        'One kernel from the sentence beats DMN’s one a word',
-        '§4.2, Table 1: "16% […] IoU point"',
-        '1',
-        ('LTS', 'DMN'),
-    ),
-    Claim(
-        'One kernel beats Lang2seg’s seven',
-        '§4.2, Table 1: "6% IoU point"',
-        '1',
-        ('LTS', 'Lang2seg'),
-    ),
+    Claim('One kernel from the sentence beats DMN’s one a word',
+          '§4.2, Table 1: "16% […] IoU point"', '1', ('LTS', 'DMN')),
+    Claim('One kernel beats Lang2seg’s seven',  '§4.2, Table 1: "6% IoU point"', '1',
+          ('LTS', 'Lang2seg')),
 ]
 assert len({c.claim for c in CLAIMS}) == len(CLAIMS)
 
@@ -170,9 +93,7 @@ def printed_effect(
     "The paper's own number for a claim."
     if claim.printed: return claim.printed if (dataset, split) == ('refcoco', 'val') else np.nan
     p = published()
-    p = p[
-        (p.table == claim.table) & (p.dataset == dataset) & (p.split == split) & (p.metric == 'IoU')
-    ].set_index('row')['value']
+    p = p[(p.table == claim.table) & (p.dataset == dataset) & (p.split == split) & (p.metric == 'IoU')].set_index('row')['value']
     v = p.reindex(list(claim.rows)).to_numpy()
     return float(np.diff(v).min()) if claim.test == 'rising' else float(v[0] - v[1])
 
@@ -203,9 +124,8 @@ def image_interval(
     """95 % interval of a difference, averaged over seeds, over test images: both models and all
     seeds see the same draws."""
     other = lambda b, rows: b if np.isscalar(b) else _value(b[rows], metric)
-    mean = lambda rows: np.mean(
-        [_value(a[rows], metric) - other(b, rows) for a, b in pairs], axis=0
-    )[..., None]
+    mean = lambda rows: np.mean([_value(a[rows], metric) - other(b, rows) for a, b in pairs],
+                                axis=0)[..., None]
     low, high = bootstrap_interval(mean, len(pairs[0][0]), draws)
     return float(low[0]), float(high[0])
 
@@ -213,15 +133,14 @@ def image_interval(
 MARGIN = 1.  # points of overall IoU that "comparable" and "does not beat" allow
 
 _sides = {  # test → (claimed side, other side) of an interval
-    'greater': (lambda low, high: low > 0, lambda low, high: high < 0),
-    'rising': (lambda low, high: low > 0, lambda low, high: high < 0),
-    'comparable': (
-        lambda low, high: -MARGIN < low and high < MARGIN,
-        lambda low, high: low > MARGIN or high < -MARGIN,
-    ),
-    'no better': (lambda low, high: high < MARGIN, lambda low, high: low > MARGIN),
-    'at least': (lambda low, high: low > -MARGIN, lambda low, high: high < -MARGIN),
-}
+    'greater':    (lambda low, high: low > 0,                          lambda low, high: high < 0),
+    'rising':     (lambda low, high: low > 0,                          lambda low, high: high < 0),
+    'comparable': (lambda low, high: -MARGIN < low and high < MARGIN,  lambda low,
+                   high: low > MARGIN or high < -MARGIN),
+    'no better':  (lambda low, high: high < MARGIN,                    lambda low,
+                   high: low > MARGIN),
+    'at least':   (lambda low, high: low > -MARGIN,                    lambda low,
+                   high: high < -MARGIN)}
 
 # %% ../../nbs/evidence/05_claims.ipynb #8e3ae9f8
 def verdict(
@@ -229,30 +148,19 @@ def verdict(
 )->str:
     "What an interval says of a claim."
     claimed, other = _sides[test]
-    return (
-        'reproduced'
-        if claimed(low, high)
-        else 'not reproduced' if other(low, high) else 'inconclusive'
-    )
+    return 'reproduced' if claimed(low, high) else 'not reproduced' if other(low,
+                                                            high) else 'inconclusive'
 
 # %% ../../nbs/evidence/05_claims.ipynb #672c2d9f
 def _pairs(results, better, than, dataset, split, metric, printed=None):
     "{seed: (totals, totals or number)} of the seeds that both experiments have."
-    of = lambda e: {
-        r['seed']: r
-        for r in results
-        if (r['experiment'], r['dataset']) == (e, dataset)
-        and (r['folder'] / f'samples-{split}.npz').exists()
-    }
+    of = lambda e: {r['seed']: r for r in results
+                    if (r['experiment'], r['dataset']) == (e, dataset)
+                    and (r['folder']/f'samples-{split}.npz').exists()}
     a, b = of(better), of(than) if than else {}
     seeds = sorted(a) if printed else sorted(set(a) & set(b))
-    return {
-        s: (
-            image_totals(load_samples(a[s], split)),
-            printed or image_totals(load_samples(b[s], split)),
-        )
-        for s in seeds
-    }
+    return {s: (image_totals(load_samples(a[s], split)),
+                printed or image_totals(load_samples(b[s], split))) for s in seeds}
 
 # %% ../../nbs/evidence/05_claims.ipynb #bb134c83
 def effect(
@@ -260,21 +168,13 @@ def effect(
     draws:int=2000, # of the bootstrap
 )->dict:                     # effect, low, high, image_low, image_high, seed_low, seed_high, seeds, each
     "A difference over all seeds with both its intervals and their envelope, in points."
-    each = [
-        _value(a, metric) - (b if np.isscalar(b) else _value(b, metric)) for a, b in pairs.values()
-    ]
+    each = [_value(a, metric) - (b if np.isscalar(b) else _value(b, metric)) for a,
+            b in pairs.values()]
     image, seed = image_interval(list(pairs.values()), metric, draws), seed_interval(each)
-    return dict(
-        effect=float(np.mean(each)),
-        low=np.fmin(image[0], seed[0]),
-        high=np.fmax(image[1], seed[1]),
-        image_low=image[0],
-        image_high=image[1],
-        seed_low=seed[0],
-        seed_high=seed[1],
-        seeds=len(each),
-        each=' '.join(f'{d:+.2f}' for d in each),
-    )
+    return dict(effect=float(np.mean(each)), low=np.fmin(image[0], seed[0]),
+                high=np.fmax(image[1], seed[1]), image_low=image[0], image_high=image[1],
+                seed_low=seed[0], seed_high=seed[1], seeds=len(each),
+                each=' '.join(f'{d:+.2f}' for d in each))
 
 # %% ../../nbs/evidence/05_claims.ipynb #f639ea9a
 def grid_share(
@@ -282,11 +182,8 @@ def grid_share(
 )->float: # points of overall IoU; 0 where both have the same grid, NaN where it is not known
     "Points that the finer grid of one experiment alone would gain over the other."
     f = results_frame(results)
-    m = (
-        f[(f.dataset == dataset) & (f.split == split)]
-        .groupby(['experiment', 'metric'])['value']
-        .mean()
-    )
+    m = f[(f.dataset == dataset) & (f.split == split)].groupby(['experiment',
+                                                            'metric'])['value'].mean()
     at = lambda e, metric: m.get((e, metric), np.nan)
     return at(than, 'oIoU') * (at(better, 'ceiling oIoU') / at(than, 'ceiling oIoU') - 1)
 
@@ -299,12 +196,7 @@ def _steps(claim):
 def _experiments(claim, role):
     "{row: experiment} of a claim's table and data set, for the rows that the kit can run."
     r = rows()
-    return (
-        r[(r.table == claim.table) & (r.dataset == role)]
-        .drop_duplicates('row')
-        .set_index('row')
-        .experiment.to_dict()
-    )
+    return r[(r.table == claim.table) & (r.dataset == role)].drop_duplicates('row').set_index('row').experiment.to_dict()
 
 # %% ../../nbs/evidence/05_claims.ipynb #15dfd25b
 def effects_frame(
@@ -320,35 +212,13 @@ def effects_frame(
                 for split in ('val', 'testA', 'testB', 'test'):
                     pairs = _pairs(results, e[a], e.get(b), ours, split, c.metric, c.printed)
                     if pairs:
-                        out.append(
-                            dict(
-                                claim=c.claim,
-                                step=f'{a} − {b}' if b else a,
-                                dataset=ours,
-                                split=split,
-                                metric=c.metric,
-                            )
-                            | effect(pairs, c.metric, draws)
-                        )
-    return pd.DataFrame(
-        out,
-        columns=[
-            'claim',
-            'step',
-            'dataset',
-            'split',
-            'metric',
-            'effect',
-            'low',
-            'high',
-            'image_low',
-            'image_high',
-            'seed_low',
-            'seed_high',
-            'seeds',
-            'each',
-        ],
-    )
+                        out.append(dict(claim=c.claim, step=f'{a} − {b}' if b else a, dataset=ours,
+                                        split=split, metric=c.metric)
+                                        | effect(pairs, c.metric, draws))
+    return pd.DataFrame(out,
+                        columns=['claim', 'step', 'dataset', 'split', 'metric', 'effect', 'low',
+                                 'high', 'image_low', 'image_high', 'seed_low', 'seed_high',
+                                 'seeds', 'each'])
 
 # %% ../../nbs/evidence/05_claims.ipynb #661f172f
 def _untested(claim, role, results, preset):
@@ -358,27 +228,17 @@ def _untested(claim, role, results, preset):
     if absent: return f'{", ".join(absent)}: not in the kit'
     run = {(r['experiment'], r['dataset']) for r in results}
     lacking = [r for r in claim.rows if (e[r], preset_of(preset)['datasets'][role]) not in run]
-    return (
-        f'no run of {", ".join(lacking)} (lts reproduce --preset {preset} --table {claim.table})'
-        if lacking
-        else 'no seed that all its rows share'
-    )
+    return f'no run of {", ".join(lacking)} (lts reproduce --preset {preset} --table {claim.table})' if lacking else 'no seed that all its rows share'
 
 def _why(claim, f, step, grid):
     "What stands behind a verdict, in a sentence."
     span = lambda a, b: f'[{a:+.1f}, {b:+.1f}]'
     parts = [f'over images {span(step.image_low, step.image_high)}']
-    parts += [
-        (
-            f'over {step.seeds} seeds {span(step.seed_low, step.seed_high)}'
-            if step.seeds > 1
-            else 'one seed'
-        )
-    ]
+    parts += [f'over {step.seeds} seeds {span(step.seed_low, step.seed_high)}' if step.seeds > 1
+              else 'one seed']
     if claim.test == 'rising':
-        parts.insert(
-            0, f'{(f.low > 0).sum()} of {len(f)} steps clear of 0; the least sure: {step.step}'
-        )
+        parts.insert(0, f'{(f.low > 0).sum()} of {len(f)} steps clear of 0; the least sure: '
+                        f'{step.step}')
     if claim.metric == 'oIoU':
         parts.append('same grid' if abs(grid) < .005 else f'the grid alone would give {grid:+.1f}')
     return '; '.join(parts)
@@ -395,52 +255,28 @@ def claims_frame(
         for role, ours in preset_of(preset)['datasets'].items():
             paper = printed_effect(c, role)
             if np.isnan(paper): continue
-            f = effects[
-                (effects.claim == c.claim) & (effects.dataset == ours) & (effects.split == 'val')
-            ]
+            f = effects[(effects.claim == c.claim) & (effects.dataset == ours) & (effects.split == 'val')]
             line = dict(claim=c.claim, source=c.source, dataset=ours, published=paper)
-            out.append(
-                line
-                | (
-                    _judge(c, role, ours, f, results)
-                    if len(f) == len(_steps(c))
-                    else dict(verdict='not tested', why=_untested(c, role, results, preset))
-                )
-            )
-    return pd.DataFrame(
-        out,
-        columns=[
-            'claim',
-            'source',
-            'dataset',
-            'published',
-            'effect',
-            'low',
-            'high',
-            'verdict',
-            'why',
-        ],
-    )
+            out.append(line
+                       | (_judge(c, role, ours, f, results) if len(f) == len(_steps(c))
+                          else dict(verdict='not tested', why=_untested(c, role, results, preset))))
+    return pd.DataFrame(out,
+                        columns=['claim', 'source', 'dataset', 'published', 'effect', 'low', 'high',
+                                 'verdict', 'why'])
 
 # %% ../../nbs/evidence/05_claims.ipynb #2e623703
 def _judge(claim, role, ours, f, results):
     "Effect, interval, verdict and reason from a claim's steps on one data set."
     down = f[f.high < 0]
     step = (down if claim.test == 'rising' and len(down) else f).sort_values('low').iloc[0]
-    e, (a, b) = _experiments(claim, role), next(
-        s for s in _steps(claim) if step.step in (s[0], f'{s[0]} − {s[1]}')
-    )
+    e, (a, b) = _experiments(claim, role), next(s for s in _steps(claim)
+                                                if step.step in (s[0], f'{s[0]} − {s[1]}'))
     grid = grid_share(results, e[a], e[b], ours, 'val') if b else 0.
     got = verdict(claim.test, step.low, step.high)
     value = step.effect + (claim.printed or 0)
     shift = claim.printed or 0
-    return dict(
-        effect=value,
-        low=step.low + shift,
-        high=step.high + shift,
-        verdict=got,
-        why=_why(claim, f, step, grid),
-    )
+    return dict(effect=value, low=step.low + shift, high=step.high + shift, verdict=got,
+                why=_why(claim, f, step, grid))
 
 # %% ../../nbs/evidence/05_claims.ipynb #84723c1a
 def simulate_pairs(
@@ -455,9 +291,8 @@ def simulate_pairs(
     q = .6 + rng.normal(0, seed_sd, (seeds, 2)) + [gain, 0]
     hard = np.repeat(stats.norm.ppf(rng.random(images)), sentences)
     union = np.repeat(rng.lognormal(6, .7, images), sentences)
-    own = lambda: stats.norm.cdf(
-        (hard + rng.standard_normal((seeds, 2, images * sentences))) / np.sqrt(2)
-    )
+    own = lambda: stats.norm.cdf((hard
+                                  + rng.standard_normal((seeds, 2, images*sentences)))/np.sqrt(2))
     iou = np.where(own() < q[..., None], .8, .1)
     by_image = lambda v: v.reshape(images, sentences).sum(1)
     totals = lambda i: np.stack([by_image(union*i), by_image(union)] + [np.zeros(images)]*9, 1)
@@ -476,14 +311,8 @@ def coverage(
         seeds = truth + 70*rng.normal(0, .01*np.sqrt(2), e['seeds'])
         naive = np.percentile(rng.choice(seeds, (500, len(seeds))).mean(1), [2.5, 97.5])
         inside = lambda low, high, t: low <= t <= high
-        held.append(
-            (
-                inside(e['image_low'], e['image_high'], of_these),
-                inside(*seed_interval(seeds), truth),
-                inside(e['low'], e['high'], truth),
-                inside(*naive, truth),
-            )
-        )
-    return dict(
-        zip(('images', 'seeds', 'envelope', 'percentile over seeds'), 100 * np.mean(held, axis=0))
-    )
+        held.append((inside(e['image_low'], e['image_high'], of_these),
+                     inside(*seed_interval(seeds), truth), inside(e['low'], e['high'], truth),
+                     inside(*naive, truth)))
+    return dict(zip(('images', 'seeds', 'envelope', 'percentile over seeds'),
+                    100*np.mean(held, axis=0)))

@@ -57,11 +57,8 @@ class Row(NamedTuple):
     splits: tuple = None # None: all that the paper has
 
 SIZES_416 = (320, 352, 384, 416, 448, 480)  # Table 6; the fourth is the default
-SPLITS_OF = {
-    'refcoco': ('val', 'testA', 'testB'),
-    'refcoco+': ('val', 'testA', 'testB'),
-    'refcocog': ('val', 'test'),
-}
+SPLITS_OF = {'refcoco': ('val', 'testA', 'testB'), 'refcoco+': ('val', 'testA', 'testB'),
+             'refcocog': ('val', 'test')}
 _ALL, _ONE = tuple(SPLITS_OF), ('refcoco',)
 ROWS = [
     Row('1', 'LTS', 'lts', _ALL),
@@ -118,25 +115,11 @@ def rows()->pd.DataFrame: # table, row, experiment, dataset (the paper's), split
 SHAPES = {'refcoco': 'refshapes', 'refcoco+': 'refshapes+', 'refcocog': 'refshapesg'}
 PAPER = {'refcoco': 'refcoco', 'refcoco+': 'refcoco+', 'refcocog': 'refcocog'}
 MAX_LEN = {'refcoco': 15, 'refcoco+': 15, 'refcocog': 20}
-CPU = dict(
-    device='cpu',
-    precision='no',
-    threads=1,
-    workers=0,
-    pretrain_workers=1,
-    score_batch=16,
-    cache_gb=8,
-)
-GPU = dict(
-    device='auto',
-    precision='bf16',
-    threads=4,
-    workers=6,
-    pretrain_workers=6,
-    score_batch=64,
-    cache_gb=64,
-    keep_cache=False,
-)
+CPU = dict(device='cpu', precision='no', threads=1, workers=0, pretrain_workers=1, score_batch=16,
+           cache_gb=8)
+GPU = dict(device='auto', precision='bf16', threads=4, workers=6, pretrain_workers=6,
+           score_batch=64, cache_gb=64,
+           keep_cache=False)
 # multiples of 32: no row of Table 6 differs by a rounded grid
 SMALL_SIZES = (32, 64, 96, 128, 160, 192)
 SHALLOW, DARKNET53 = (1, 1, 2, 2, 1), (1, 2, 8, 8, 4)  # residual blocks a stage
@@ -144,72 +127,38 @@ SHALLOW, DARKNET53 = (1, 1, 2, 2, 1), (1, 2, 8, 8, 4)  # residual blocks a stage
 # %% ../../nbs/evidence/02_experiments.ipynb #d754a0e0
 PRESETS = {
     'smoke': dict(
-        datasets=SHAPES,
-        recipe=asdict(Recipe(seed=3, train=40, val=12, testA=8, testB=8)),
-        sizes=SMALL_SIZES,
-        large=160,
-        vectors=None,
-        compute=CPU,
-        backbone=dict(
-            width=0.125, depths=(1, 1, 1, 1, 1), neck=False, tail=0, weights='pretrained'
-        ),
-        pretrain=dict(
-            images=64, batch=16, lr=4e-3, epochs=2, decay=1, seed=0, threads=1, sizes=(64, 128)
-        ),
-        train=dict(epochs=3, decay=2, epoch_refs=36),
-    ),
+        datasets=SHAPES, recipe=asdict(Recipe(seed=3, train=40, val=12, testA=8, testB=8)),
+        sizes=SMALL_SIZES, large=160, vectors=None, compute=CPU,
+        backbone=dict(width=.125, depths=(1, 1, 1, 1, 1), neck=False, tail=0, weights='pretrained'),
+        pretrain=dict(images=64, batch=16, lr=4e-3, epochs=2, decay=1, seed=0, threads=1,
+                      sizes=(64, 128)),
+        train=dict(epochs=3, decay=2, epoch_refs=36)),
     'cpu': dict(
-        datasets=SHAPES,
-        recipe=asdict(Recipe(seed=2021)),
-        sizes=SMALL_SIZES,
-        large=160,
-        vectors=None,
-        compute=CPU,
-        backbone=dict(width=0.25, depths=SHALLOW, neck=False, tail=0, weights='shipped'),
-        pretrain=dict(
-            images=21600,
-            batch=12,
-            lr=5e-3,
-            epochs=9,
-            decay=7,
-            seed=0,
-            threads=2,
-            sizes=(96, 128, 128, 128, 160, 192),
-        ),
-        train=dict(lr=3e-3, epoch_refs=300),
-    ),
+        datasets=SHAPES, recipe=asdict(Recipe(seed=2021)),
+        sizes=SMALL_SIZES, large=160, vectors=None, compute=CPU,
+        backbone=dict(width=.25, depths=SHALLOW, neck=False, tail=0, weights='shipped'),
+        pretrain=dict(images=21600, batch=12, lr=5e-3, epochs=9, decay=7, seed=0, threads=2,
+                      sizes=(96, 128, 128, 128, 160, 192)),
+        train=dict(lr=3e-3, epoch_refs=300)),
 }
 
 # %% ../../nbs/evidence/02_experiments.ipynb #322e85ae
 PRESETS |= {
     'gpu': dict(
         datasets=SHAPES,
-        recipe=asdict(
-            Recipe(seed=2021, train=12000, val=1000, testA=1000, testB=1000, side=(320, 640))
-        ),
-        sizes=SIZES_416,
-        large=480,
-        vectors=None,
-        compute=GPU,
-        backbone=dict(width=1.0, depths=DARKNET53, neck=True, tail=0, weights='pretrained'),
-        pretrain=dict(
-            images=120000, batch=32, lr=1e-3, epochs=10, decay=8, seed=0, threads=8, sizes=SIZES_416
-        ),
-        train=dict(epochs=9, decay=6),
-    ),
+        recipe=asdict(Recipe(seed=2021, train=12000, val=1000, testA=1000, testB=1000,
+                             side=(320, 640))),
+        sizes=SIZES_416, large=480, vectors=None, compute=GPU,
+        backbone=dict(width=1., depths=DARKNET53, neck=True, tail=0, weights='pretrained'),
+        pretrain=dict(images=120000, batch=32, lr=1e-3, epochs=10, decay=8, seed=0, threads=8,
+                      sizes=SIZES_416),
+        train=dict(epochs=9, decay=6)),
     'paper': dict(
-        datasets=PAPER,
-        recipe=None,
-        sizes=SIZES_416,
-        large=480,
-        vectors='glove/glove.840B.300d.txt',
-        compute=GPU,
-        backbone=dict(
-            width=1.0, depths=DARKNET53, neck=True, tail=2, weights='darknet/yolov3.weights'
-        ),
-        pretrain=None,
-        train={},
-    ),
+        datasets=PAPER, recipe=None,
+        sizes=SIZES_416, large=480, vectors='glove/glove.840B.300d.txt', compute=GPU,
+        backbone=dict(width=1., depths=DARKNET53, neck=True, tail=2,
+                      weights='darknet/yolov3.weights'),
+        pretrain=None, train={}),
 }
 
 # %% ../../nbs/evidence/02_experiments.ipynb #dc8641a6
@@ -238,11 +187,9 @@ def _backbone(p, pretrain):
     "The backbone's settings at a preset."
     b, ours = p['backbone'], p['recipe'] is not None
     if pretrain and not ours:
-        raise KitError(
-            'a backbone is pretrained on RefShapes, and this preset uses published weights',
-            'preset paper',
-            'Leave --pretrain out',
-        )
+        raise KitError('a backbone is pretrained on RefShapes, and this preset uses published '
+                       'weights',
+                       'preset paper', 'Leave --pretrain out')
     made_here = {'weights': 'pretrained'} if pretrain else {}
     return b | made_here | dict(pretrain=p['pretrain'], recipe=p['recipe'])
 
@@ -261,24 +208,17 @@ def run_config(
     e, ours = EXPERIMENTS[experiment], p['datasets'][role]
     method = method_of(e.get('method', 'lts'))
     size = p['large'] if e.get('size') == 'large' else p['sizes'][e.get('size', 4) - 1]
-    data = dict(
-        dataset=ours, size=size, max_len=MAX_LEN[role], recipe=p['recipe'], vectors=p['vectors']
-    )
+    data = dict(dataset=ours, size=size, max_len=MAX_LEN[role], recipe=p['recipe'],
+                vectors=p['vectors'])
     length = {'max_len': MAX_LEN[role]} if 'max_len' in method.config.model_fields else {}
     return RunConfig(
-        run=run_name(experiment, ours, preset, seed),
-        experiment=experiment,
-        dataset=ours,
+        run=run_name(experiment, ours, preset, seed), experiment=experiment, dataset=ours,
         preset=preset,
-        seed=seed,
-        method=method.name,
-        splits=_splits(experiment, role),
-        data=data | e.get('data', {}),
-        model=length | method.widths.get(preset, {}) | e.get('model', {}),
-        backbone=_backbone(p, pretrain),
-        train=p['train'] | e.get('train', {}),
-        compute=p['compute'],
-    )
+        seed=seed, method=method.name, splits=_splits(experiment, role),
+        data=data | e.get('data', {}), model=length | method.widths.get(preset, {})
+        | e.get('model', {}),
+        backbone=_backbone(p, pretrain), train=p['train'] | e.get('train', {}),
+        compute=p['compute'])
 
 # %% ../../nbs/evidence/02_experiments.ipynb #a36aeca6
 def _splits(experiment, role):
@@ -311,11 +251,7 @@ def runs_for(
     return [run_config(e, d, preset, s, pretrain) for s in range(seeds) for e, d in pairs]
 
 # %% ../../nbs/evidence/02_experiments.ipynb #590bf13b
-PACKAGE = (
-    Path(__file__).resolve().parents[1]
-    if '__file__' in globals()
-    else Path('../../lts_nb').resolve()
-)
+PACKAGE = Path(__file__).resolve().parents[1] if '__file__' in globals() else Path('../../lts_nb').resolve()
 
 def imported_modules(
     name:str, # of one of our modules: 'training.run'
@@ -347,9 +283,8 @@ def module_hashes(
     *names,   # of our modules
 )->dict:      # {module: 12 hex digits of its source}
     "Hashes of the modules that some modules need."
-    sources = {
-        n: (PACKAGE / (n.replace('.', '/') + '.py')).read_bytes() for n in module_closure(*names)
-    }
+    sources = {n: (PACKAGE/(n.replace('.', '/') + '.py')).read_bytes()
+               for n in module_closure(*names)}
     return {n: hashlib.sha256(source).hexdigest()[:12] for n, source in sources.items()}
 
 def run_modules(

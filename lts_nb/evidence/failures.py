@@ -10,26 +10,15 @@ __all__ = ['KINDS', 'BREAKDOWNS', 'expression_kind', 'sentences_frame', 'breakdo
 import re
 import matplotlib, matplotlib.pyplot as plt
 import numpy as np, pandas as pd, seaborn as sns
-from lts_nb.evidence.tables import (
-    bootstrap_interval,
-    image_totals,
-    load_samples,
-    metric_names,
-    metrics_of,
-)
+from .tables import bootstrap_interval, image_totals, load_samples, metric_names, metrics_of
 from ..data.text import tokenize
 
 # %% ../../nbs/evidence/06_failures.ipynb #5def1d7c
 KINDS = ('looks', 'place', 'ordinal', 'relation')
-_relation = re.compile(
-    r'\b(next to|near(est)?|close(st|r)? to|beside|behind|in front of|on top '
-    r'of|under|above|below|between|holding|wearing|(left|right|top|bottom|side) of the '
-    r'(?!(image|picture|photo|screen|frame)\b))\b'
-)
+_relation = re.compile(r'\b(next to|near(est)?|close(st|r)? to|beside|behind|in front of|on top '
+                       r'of|under|above|below|between|holding|wearing|(left|right|top|bottom|side) of the (?!(image|picture|photo|screen|frame)\b))\b')
 _ordinal = re.compile(r'\b(first|second|third|fourth|fifth|1st|2nd|3rd|4th|last)\b')
-_place = re.compile(
-    r'\b(left|right|top|bottom|middle|center|centre|upper|lower|corner|leftmost|rightmost|up|front|back|far|side|lowest|highest|edge)\b'
-)
+_place = re.compile(r'\b(left|right|top|bottom|middle|center|centre|upper|lower|corner|leftmost|rightmost|up|front|back|far|side|lowest|highest|edge)\b')
 
 # %% ../../nbs/evidence/06_failures.ipynb #251ae558
 def expression_kind(
@@ -49,7 +38,8 @@ def sentences_frame(
     "Every sentence's scores beside what is known of it: words, area, rivals, kind."
     parts = []
     for r in results:
-        if (r['experiment'], r['dataset']) != (experiment, dataset) or not (r['folder']/f'samples-{split}.npz').exists():
+        if (r['experiment'], r['dataset']) != (experiment,
+                                               dataset) or not (r['folder']/f'samples-{split}.npz').exists():
             continue
         samples = load_samples(r, split)
         if {'sentence', 'area', 'same'} <= set(samples):
@@ -57,37 +47,25 @@ def sentences_frame(
     if not parts: return pd.DataFrame()
     f = pd.concat(parts, ignore_index=True)
     words = f.sentence.map(lambda s: len(tokenize(s)))
-    return f.assign(
-        words=words,
-        kind=f.sentence.map(expression_kind),
-        IoU=f.intersection / np.maximum(f.union, 1),
-    )
+    return f.assign(words=words, kind=f.sentence.map(expression_kind),
+                    IoU=f.intersection / np.maximum(f.union, 1))
 
 # %% ../../nbs/evidence/06_failures.ipynb #927b2f4c
 BREAKDOWNS = {
-    'sentence length': (
-        'words',
-        [0, 2, 3, 5, 8, np.inf],
-        ['1–2 words', '3', '4–5', '6–8', '9 and more'],
-    ),
-    'object size': (
-        'area',
-        [-1, 0.01, 0.03, 0.06, 0.12, 2],
-        ['under 1 %', '1–3 %', '3–6 %', '6–12 %', 'over 12 %'],
-    ),
-    'same-category objects': ('same', [0, 1, 2, 3, np.inf], ['1', '2', '3', '4 and more']),
-    'expression': ('kind', None, list(KINDS)),
+    'sentence length':       ('words', [0, 2, 3, 5, 8, np.inf],
+                              ['1–2 words', '3', '4–5', '6–8', '9 and more']),
+    'object size':           ('area',  [-1, .01, .03, .06, .12, 2],
+                              ['under 1 %', '1–3 %', '3–6 %', '6–12 %', 'over 12 %']),
+    'same-category objects': ('same',  [0, 1, 2, 3, np.inf], ['1', '2', '3', '4 and more']),
+    'expression':            ('kind',  None, list(KINDS)),
 }
 
 # %% ../../nbs/evidence/06_failures.ipynb #c0135f0e
 def _levels(f, by):
     "The bin of every sentence, as an ordered categorical."
     column, edges, labels = BREAKDOWNS[by]
-    return (
-        pd.Categorical(f[column], labels, ordered=True)
-        if edges is None
-        else pd.cut(f[column], edges, labels=labels)
-    )
+    return pd.Categorical(f[column], labels, ordered=True) if edges is None else pd.cut(f[column],
+                                                            edges, labels=labels)
 
 # %% ../../nbs/evidence/06_failures.ipynb #ce87f2d5
 def breakdown(
@@ -99,23 +77,12 @@ def breakdown(
     out = []
     for level, g in f.groupby(_levels(f, by), observed=True):
         totals = image_totals(g)
-        ends = (
-            bootstrap_interval(lambda rows: metrics_of(totals[rows])[..., :1], len(totals), draws)
-            if len(totals) > 1
-            else ([np.nan], [np.nan])
-        )
+        ends = bootstrap_interval(lambda rows: metrics_of(totals[rows])[..., :1], len(totals),
+                                  draws) if len(totals) > 1 else ([np.nan], [np.nan])
         m = dict(zip(metric_names, metrics_of(totals)))
-        out.append(
-            dict(
-                level=level,
-                sentences=g.sent_id.nunique(),
-                images=len(totals),
-                oIoU=m['oIoU'],
-                low=ends[0][0],
-                high=ends[1][0],
-                **{k: m[k] for k in ('mIoU', 'prec@0.5', 'pointing')}
-            )
-        )
+        out.append(dict(level=level, sentences=g.sent_id.nunique(), images=len(totals),
+                        oIoU=m['oIoU'], low=ends[0][0], high=ends[1][0],
+                        **{k: m[k] for k in ('mIoU', 'prec@0.5', 'pointing')}))
     return pd.DataFrame(out)
 
 # %% ../../nbs/evidence/06_failures.ipynb #a4d7cb6f
@@ -123,31 +90,18 @@ def breakdown_bars(
     parts:dict,  # {name: frame from `breakdown`}
 ):               # matplotlib Figure
     "A panel a breakdown: overall IoU with its interval, pointing game, number of sentences."
-    with matplotlib.rc_context({'font.size': 8, 'axes.spines.top': False, 'axes.spines.right': False}):
+    with matplotlib.rc_context({'font.size': 8, 'axes.spines.top': False,
+                                'axes.spines.right': False}):
         fig, axes = plt.subplots(2, 2, figsize=(8.4, 5), layout='constrained')
         for ax, (name, p) in zip(axes.flat, parts.items()):
             x = np.arange(len(p))
-            sns.barplot(
-                p, x='level', y='oIoU', color=sns.color_palette('colorblind')[0], ax=ax, alpha=0.8
-            )
-            ax.errorbar(
-                x,
-                p.oIoU,
-                yerr=[p.oIoU - p.low, p.high - p.oIoU],
-                fmt='none',
-                ecolor='black',
-                capsize=2,
-                lw=1,
-            )
+            sns.barplot(p, x='level', y='oIoU', color=sns.color_palette('colorblind')[0], ax=ax,
+                        alpha=.8)
+            ax.errorbar(x, p.oIoU, yerr=[p.oIoU - p.low, p.high - p.oIoU], fmt='none',
+                        ecolor='black', capsize=2, lw=1)
             if p.pointing.notna().any():
-                ax.plot(
-                    x,
-                    p.pointing,
-                    'D',
-                    color=sns.color_palette('colorblind')[3],
-                    ms=4,
-                    label='pointing game',
-                )
+                ax.plot(x, p.pointing, 'D', color=sns.color_palette('colorblind')[3], ms=4,
+                        label='pointing game')
             ax.set(title=name, xlabel='', ylabel='overall IoU (%)', ylim=(0, 100))
             ax.set_xticks(x, [f'{l}\n({n})' for l, n in zip(p.level, p.sentences)], fontsize=7)
         axes[0, 0].legend(fontsize=7, frameon=False, loc='upper right')
@@ -160,18 +114,12 @@ def failure_shares(
     "What went wrong where the IoU is below 0.5."
     failed = f[f.IoU <= .5]
     if failed.empty or (f.hit < 0).all():
-        return {
-            'failed': 100 * len(failed) / max(len(f), 1),
-            **dict.fromkeys(('localisation', 'another object', 'segmentation'), np.nan),
-        }
+        return {'failed': 100*len(failed)/max(len(f), 1),
+                **dict.fromkeys(('localisation', 'another object', 'segmentation'), np.nan)}
     missed = failed.hit == 0
     other = missed & (failed.other_i >= .5*np.maximum(failed.other_u, 1))
-    return {
-        'failed': 100 * len(failed) / len(f),
-        'localisation': 100 * missed.mean(),
-        'another object': 100 * other.mean(),
-        'segmentation': 100 * (~missed).mean(),
-    }
+    return {'failed': 100*len(failed)/len(f), 'localisation': 100*missed.mean(),
+            'another object': 100*other.mean(), 'segmentation': 100*(~missed).mean()}
 
 # %% ../../nbs/evidence/06_failures.ipynb #51340569
 def failures_frame(
@@ -180,19 +128,7 @@ def failures_frame(
 )->pd.DataFrame:                # dataset, split, sentences and the columns of `failure_shares`
     "The kinds of failure, place by place."
     frames = {(d, s): sentences_frame(results, experiment, d, s) for d, s in places}
-    return pd.DataFrame(
-        [
-            dict(dataset=d, split=s, sentences=f.sent_id.nunique(), **failure_shares(f))
-            for (d, s), f in frames.items()
-            if len(f)
-        ],
-        columns=[
-            'dataset',
-            'split',
-            'sentences',
-            'failed',
-            'localisation',
-            'another object',
-            'segmentation',
-        ],
-    )
+    return pd.DataFrame([dict(dataset=d, split=s, sentences=f.sent_id.nunique(),
+                              **failure_shares(f)) for (d, s), f in frames.items() if len(f)],
+                        columns=['dataset', 'split', 'sentences', 'failed', 'localisation',
+                                 'another object', 'segmentation'])

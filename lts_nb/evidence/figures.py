@@ -27,24 +27,15 @@ def load_examples(
     if not path.exists(): return []
     try:
         z = load_arrays(path)
-        return [
-            dict(
-                sent_id=int(z['sent_id'][i]),
-                expression=str(z['expression'][i]),
-                image=z[f'image_{i}'],
-                prior=z[f'prior_{i}'].astype(float) if f'prior_{i}' in z else None,
-                prediction=z[f'prediction_{i}'],
-                truth=z[f'truth_{i}'],
-            )
-            for i in range(len(z['sent_id']))
-        ]
+        return [dict(sent_id=int(z['sent_id'][i]), expression=str(z['expression'][i]),
+                     image=z[f'image_{i}'],
+                     prior=z[f'prior_{i}'].astype(float) if f'prior_{i}' in z else None,
+                     prediction=z[f'prediction_{i}'], truth=z[f'truth_{i}'])
+                     for i in range(len(z['sent_id']))]
     except KitError: raise
     except Exception as e:
-        raise KitError(
-            f'the examples cannot be read: {e}',
-            path,
-            f'Remove the folder {path.parent} and run lts reproduce again',
-        ) from e
+        raise KitError(f'the examples cannot be read: {e}', path,
+                       f'Remove the folder {path.parent} and run lts reproduce again') from e
 
 # %% ../../nbs/evidence/04_figures.ipynb #fc8d4b64
 def _caption(text, width=26, lines=4):
@@ -63,16 +54,8 @@ def _image_axes(ax, title=''):
 def _expression(ax, text):
     "An axis that shows the sentence."
     ax.axis('off')
-    ax.text(
-        0.5,
-        0.5,
-        _caption(text),
-        ha='center',
-        va='center',
-        fontsize=8,
-        transform=ax.transAxes,
-        parse_math=False,
-    )
+    ax.text(.5, .5, _caption(text), ha='center', va='center', fontsize=8, transform=ax.transAxes,
+            parse_math=False)
 
 # %% ../../nbs/evidence/04_figures.ipynb #3bec0e2e
 def _cut_out(image, mask, grey=235):
@@ -83,13 +66,9 @@ def _cut_out(image, mask, grey=235):
 # %% ../../nbs/evidence/04_figures.ipynb #35eb41de
 def _grid(rows, columns):
     "A figure of pictures: rows of samples, the heads of the columns given."
-    fig, axes = plt.subplots(
-        rows,
-        len(columns),
-        figsize=(1.55 * len(columns), 1.35 * max(rows, 1) + 0.25),
-        squeeze=False,
-        layout='constrained',
-    )
+    fig, axes = plt.subplots(rows, len(columns),
+                             figsize=(1.55 * len(columns), 1.35 * max(rows, 1) + .25),
+                             squeeze=False, layout='constrained')
     for ax, name in zip(axes[0], columns): ax.set_title(name, fontsize=8)
     return fig, axes
 
@@ -98,32 +77,22 @@ def figure4(
     examples:list,   # from `load_examples`, at least one
 ):                   # matplotlib Figure: expression · image · prior over the image · prediction · truth
     "Figure 4 of the paper: where the model looks, and what it then cuts out."
-    fig, axes = _grid(
-        len(examples), ['expression', 'image', 'position prior', 'prediction', 'truth']
-    )
+    fig, axes = _grid(len(examples),
+                      ['expression', 'image', 'position prior', 'prediction', 'truth'])
     for ax, e in zip(axes, examples):
         for a in ax[1:]: _image_axes(a, a.get_title())
         _expression(ax[0], e['expression'])
         for a in ax[1:3]: a.imshow(e['image'])
         if e['prior'] is not None:
-            ax[2].imshow(
-                e['prior'],
-                cmap='turbo',
-                alpha=0.55,
-                vmin=0,
-                vmax=max(float(e['prior'].max()), 1e-6),
-            )
+            ax[2].imshow(e['prior'], cmap='turbo', alpha=.55, vmin=0,
+                         vmax=max(float(e['prior'].max()), 1e-6))
         else: ax[2].text(.5, .5, 'no prior', ha='center', transform=ax[2].transAxes, fontsize=8)
         for a, mask in zip(ax[3:], ('prediction', 'truth')): a.imshow(_cut_out(e['image'], e[mask]))
     return fig
 
 # %% ../../nbs/evidence/04_figures.ipynb #f62c68ed
-figure5_columns = {
-    'fusion-filter': '(b) w/o Seg',
-    'filter-seg': '(c) w/o Fusion',
-    'fusion-seg': '(d) w/o Filter',
-    'lts': 'full LTS',
-}
+figure5_columns = {'fusion-filter': '(b) w/o Seg', 'filter-seg': '(c) w/o Fusion',
+                   'fusion-seg': '(d) w/o Filter', 'lts': 'full LTS'}
 
 # %% ../../nbs/evidence/04_figures.ipynb #73539590
 def figure5(
@@ -146,41 +115,28 @@ def figure5(
     return fig
 
 # %% ../../nbs/evidence/04_figures.ipynb #9e1aa50c
-_style = {
-    'axes.spines.top': False,
-    'axes.spines.right': False,
-    'font.size': 8,
-    'axes.titlesize': 9,
-    'legend.frameon': False,
-    'axes.grid': True,
-    'grid.alpha': 0.3,
-    'svg.hashsalt': 'lts',
-}
-_dataset_colour = lambda names: dict(
-    zip(names, sns.color_palette('colorblind', max(len(names), 1)))
-)
+_style = {'axes.spines.top': False, 'axes.spines.right': False, 'font.size': 8, 'axes.titlesize': 9,
+          'legend.frameon': False,
+          'axes.grid': True, 'grid.alpha': .3, 'svg.hashsalt': 'lts'}
+_dataset_colour = lambda names: dict(zip(names,
+                                         sns.color_palette('colorblind', max(len(names), 1))))
 
 # %% ../../nbs/evidence/04_figures.ipynb #247d6b0a
 def history_frame(
     results:list,   # from `tables.load_results`
 )->pd.DataFrame:    # experiment, dataset, seed, epoch, part ("loss", "seg", "loc"), value
     "The losses of every epoch of every run, long."
-    rows = [
-        (r['experiment'], r['dataset'], r['seed'], h['epoch'], part, h[part])
-        for r in results
-        for h in r.get('history') or []
-        for part in ('loss', 'seg', 'loc')
-        if h.get(part) is not None
-    ]
+    rows = [(r['experiment'], r['dataset'], r['seed'], h['epoch'], part, h[part]) for r in results
+            for h in r.get('history') or [] for part in ('loss', 'seg', 'loc')
+            if h.get(part) is not None]
     return pd.DataFrame(rows, columns=['experiment', 'dataset', 'seed', 'epoch', 'part', 'value'])
 
 # %% ../../nbs/evidence/04_figures.ipynb #be04a573
-GROUPS = {
-    'Table 2': list(ABLATION.values()),
-    'Tables 4, 5 and 7': ['lts', 'lts-trans', 'lts-n2', 'lts-n3', 'lts-word', 'lts-star'],
-    'Table 6': [*(f'lts-size{k}' for k in (1, 2, 3)), 'lts', *(f'lts-size{k}' for k in (5, 6))],
-    'controls': ['lts', 'blind', 'blind-noseg'],
-}
+GROUPS = {'Table 2': list(ABLATION.values()),
+          'Tables 4, 5 and 7': ['lts', 'lts-trans', 'lts-n2', 'lts-n3', 'lts-word', 'lts-star'],
+          'Table 6': [*(f'lts-size{k}' for k in (1, 2, 3)), 'lts',
+                      *(f'lts-size{k}' for k in (5, 6))],
+                      'controls': ['lts', 'blind', 'blind-noseg']}
 
 # %% ../../nbs/evidence/04_figures.ipynb #5e41db41
 def training_curves(
@@ -193,19 +149,11 @@ def training_curves(
         for ax, (group, names) in zip(axes.flat, GROUPS.items()):
             g = f[f.experiment.isin(names)]
             if len(g):
-                sns.lineplot(
-                    g,
-                    x='epoch',
-                    y='value',
-                    hue='experiment',
-                    hue_order=[n for n in names if (g.experiment == n).any()],
-                    style='dataset',
-                    style_order=sorted(f.dataset.unique()),
-                    palette='colorblind',
-                    errorbar=None,
-                    ax=ax,
-                    lw=1,
-                )
+                sns.lineplot(g, x='epoch', y='value', hue='experiment',
+                             hue_order=[n for n in names if (g.experiment == n).any()],
+                             style='dataset',
+                                    style_order=sorted(f.dataset.unique()), palette='colorblind',
+                                    errorbar=None, ax=ax, lw=1)
             ax.set(title=group, ylabel='loss (sum over cells)', yscale='log')
             if ax.get_legend(): sns.move_legend(ax, 'upper right', fontsize=6, ncols=2)
     return fig
@@ -220,17 +168,8 @@ def _curve(frame, x, xlabel):
             f = frame.assign(x=x[column]).dropna(subset=[column, 'x'])
             colours = _dataset_colour(list(dict.fromkeys(frame.split)))
             for split, g in f.groupby('split', sort=False):
-                ax.errorbar(
-                    g.x,
-                    g[column],
-                    yerr=g.sd.fillna(0) if column == 'ours' else None,
-                    marker='o',
-                    ms=4,
-                    lw=1.2,
-                    capsize=2,
-                    label=split,
-                    color=colours[split],
-                )
+                ax.errorbar(g.x, g[column], yerr=g.sd.fillna(0) if column == 'ours' else None,
+                            marker='o', ms=4, lw=1.2, capsize=2, label=split, color=colours[split])
             ax.set(title=title, xlabel=xlabel, ylabel='IoU (%)')
             ax.set_xticks(sorted(f.x.unique()))
             if len(f): ax.legend(fontsize=7)
@@ -243,9 +182,8 @@ def resolution_curve(
 ):                       # matplotlib Figure
     "Table 6 as two curves: IoU by the side of the input, the paper's and ours at our sizes."
     at = frame.row.str.extract(r'(\d+)x')[0].astype(float)
-    return _curve(
-        frame, {'paper': at, 'ours': frame['ours at'].astype(float)}, 'input side (pixels)'
-    )
+    return _curve(frame, {'paper': at, 'ours': frame['ours at'].astype(float)},
+                  'input side (pixels)')
 
 # %% ../../nbs/evidence/04_figures.ipynb #59ef7a07
 def filter_curve(
@@ -270,14 +208,8 @@ def table2_bars(
         sns.barplot(long, y='row', x='IoU', hue='whose', palette='colorblind', ax=ax)
         known = f.ceiling.notna().to_numpy()
         if known.any():
-            ax.scatter(
-                f.ceiling[known].astype(float),
-                np.flatnonzero(known) + 0.2,
-                marker='|',
-                s=60,
-                color='black',
-                label='our ceiling',
-            )
+            ax.scatter(f.ceiling[known].astype(float), np.flatnonzero(known) + .2, marker='|', s=60,
+                       color='black', label='our ceiling')
         ax.set(ylabel='', xlabel='IoU (%)', title=f'Table 2, {split}', xlim=(0, 100))
         ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
     return fig
@@ -290,12 +222,6 @@ def save_figure(
 ):
     "Write a figure as PNG, the same bytes for the same data, whatever the backend."
     with atomic_path(path) as tmp:
-        fig.savefig(
-            tmp,
-            format='png',
-            dpi=dpi,
-            backend='agg',
-            metadata={'Software': None},
-            facecolor='white',
-        )
+        fig.savefig(tmp, format='png', dpi=dpi, backend='agg', metadata={'Software': None},
+                    facecolor='white')
     plt.close(fig)

@@ -18,30 +18,22 @@ def _read(table, head, text):
         label, values = (s.strip() for s in line.split('|'))
         values = values.split()
         if len(values) != len(head):
-            raise KitError(
-                f'{len(values)} values under {len(head)} headings', f'table {table}, {label}'
-            )
+            raise KitError(f'{len(values)} values under {len(head)} headings',
+                           f'table {table}, {label}')
         rows += [(table, label, *h, float(v)) for h, v in zip(head, values) if v != '-']
     return rows
 
 # %% ../../nbs/evidence/01_paper.ipynb #030c1aed
 dataset_titles = {'refcoco': 'RefCOCO', 'refcoco+': 'RefCOCO+', 'refcocog': 'RefCOCOg'}
 table_titles = {
-    '1': 'Comparison with the earlier methods',
-    '2': 'Ablation studies on RefCOCO',
+    '1': 'Comparison with the earlier methods', '2': 'Ablation studies on RefCOCO',
     '3': 'Seg added to CMPC, on RefCOCO',
-    '4': 'Transformer instead of filtering',
-    '5': 'Number of filterings, on RefCOCO',
-    '6': 'Input resolution, on RefCOCO',
-    '7': 'Transformer, more filters and larger input together',
-}
+    '4': 'Transformer instead of filtering', '5': 'Number of filterings, on RefCOCO',
+    '6': 'Input resolution, on RefCOCO', '7': 'Transformer, more filters and larger input together'}
 
 _splits  = [('refcoco', s, 'IoU') for s in ('val', 'testA', 'testB')]
-_all = (
-    _splits
-    + [('refcoco+', s, m) for _, s, m in _splits]
-    + [('refcocog', s, 'IoU') for s in ('val', 'test')]
-)
+_all     = _splits + [('refcoco+', s, m) for _, s,
+                      m in _splits] + [('refcocog', s, 'IoU') for s in ('val', 'test')]
 _vals    = [(d, 'val', 'IoU') for d in dataset_titles]
 _metrics = ['IoU'] + [f'prec@0.{x}' for x in range(5, 10)]
 
@@ -71,9 +63,8 @@ def methods(
 # %% ../../nbs/evidence/01_paper.ipynb #2ab5ffdf
 def _values(text):
     "Table 1 with its first column alone before the bar."
-    return '\n'.join(
-        f"{a.split()[0]} | {b}" for a, b in (line.split('|') for line in text.strip().splitlines())
-    )
+    return '\n'.join(f"{a.split()[0]} | {b}" for a,
+                     b in (line.split('|') for line in text.strip().splitlines()))
 
 # %% ../../nbs/evidence/01_paper.ipynb #6b541760
 _table2 = {'val': '''
@@ -147,9 +138,8 @@ def published_value(
     if row not in set(p.row): raise unknown_name(f'row of Table {table}', row, p.row.unique())
     p = p[(p.row == row) & (p.split == split) & (p.dataset == dataset) & (p.metric == metric)]
     if p.empty:
-        raise KitError(
-            f'the paper gives no {metric} for {row} on {dataset} {split}', f'table {table}'
-        )
+        raise KitError(f'the paper gives no {metric} for {row} on {dataset} {split}',
+                       f'table {table}')
     return float(p.value.iloc[0])
 
 # %% ../../nbs/evidence/01_paper.ipynb #bdb1c408

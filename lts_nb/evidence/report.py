@@ -14,35 +14,12 @@ import jinja2, pandas as pd
 from .claims import CLAIMS, claims_frame, effects_frame
 from ..errors import KitError, atomic_path, disk_error, write_text
 from .experiments import FROZEN, preset_of, rows, run_name
-from lts_nb.evidence.failures import (
-    BREAKDOWNS,
-    breakdown,
-    breakdown_bars,
-    failures_frame,
-    sentences_frame,
-)
+from .failures import BREAKDOWNS, breakdown, breakdown_bars, failures_frame, sentences_frame
 from ..data.fetch import leak_note
-from lts_nb.evidence.figures import (
-    figure4,
-    figure5,
-    filter_curve,
-    load_examples,
-    resolution_curve,
-    save_figure,
-    table2_bars,
-    training_curves,
-)
+from .figures import figure4, figure5, filter_curve, load_examples, resolution_curve, save_figure, table2_bars, training_curves
 from ..data.refer import PUBLISHED_COUNTS
-from lts_nb.evidence.tables import (
-    intervals_frame,
-    load_results,
-    paper_table,
-    results_frame,
-    seg_grid_share,
-    table_blocks,
-    write_csv,
-    write_table,
-)
+from .tables import (intervals_frame, load_results, paper_table, results_frame,
+                                    seg_grid_share, table_blocks, write_csv, write_table)
 
 # %% ../../nbs/evidence/07_report.ipynb #8b46f080
 def wanted_rows(
@@ -52,9 +29,7 @@ def wanted_rows(
     "The cells that a report shall fill."
     frame = rows()
     if tables: frame = frame[frame.table.isin([str(t) for t in tables])]
-    return frame.assign(ours=frame.dataset.map(preset_of(preset)['datasets'])).reset_index(
-        drop=True
-    )
+    return frame.assign(ours=frame.dataset.map(preset_of(preset)['datasets'])).reset_index(drop=True)
 
 def missing_runs(
     preset:str, wanted:pd.DataFrame, results:list, # of `wanted_rows` and `load_results`
@@ -71,49 +46,27 @@ def controls(
 )->pd.DataFrame:         # dataset, split, LTS, swapped, blind, pointing, ceiling (percent, means over seeds)
     "The controls beside LTS on each split."
     mean = frame.groupby(['experiment', 'dataset', 'split', 'metric'])['value'].mean()
-    places = (
-        frame[frame.experiment == 'lts'][['dataset', 'split']]
-        .drop_duplicates()
-        .itertuples(index=False, name=None)
-    )
+    places = frame[frame.experiment == 'lts'][['dataset',
+                                               'split']].drop_duplicates().itertuples(index=False,
+                                                            name=None)
     at = lambda e, d, s, m: mean.get((e, d, s, m), float('nan'))
-    out = [
-        (
-            d,
-            s,
-            at('lts', d, s, 'oIoU'),
-            at('lts', d, s, 'swapped oIoU'),
-            at('blind', d, s, 'oIoU'),
-            at('lts', d, s, 'pointing'),
-            at('lts', d, s, 'ceiling oIoU'),
-        )
-        for d, s in places
-    ]
-    return pd.DataFrame(
-        out, columns=['dataset', 'split', 'LTS', 'swapped', 'blind', 'pointing', 'ceiling']
-    )
+    out = [(d, s, at('lts', d, s, 'oIoU'), at('lts', d, s, 'swapped oIoU'),
+            at('blind', d, s, 'oIoU'), at('lts', d, s, 'pointing'),
+            at('lts', d, s, 'ceiling oIoU')) for d, s in places]
+    return pd.DataFrame(out,
+                        columns=['dataset', 'split', 'LTS', 'swapped', 'blind', 'pointing',
+                                 'ceiling'])
 
 # %% ../../nbs/evidence/07_report.ipynb #d0bd6695
 def _circumstances(r):
     "One line of `runs_frame`."
     c, h = r['config'], r['hardware']
-    return dict(
-        run=r['run'],
-        experiment=r['experiment'],
-        dataset=r['dataset'],
-        seed=r['seed'],
-        size=c['data']['size'],
-        sentences=sum(x['samples'] for x in r['history']),
-        parameters=r['parameters'],
-        gflops=r.get('gflops'),
-        seconds=r['seconds']['total'],
-        train_seconds=r['seconds']['train'],
-        peak_memory_mb=r['peak_memory_mb'],
-        fingerprint=r['fingerprint'],
-        commit=r['code']['commit'],
-        torch=r['versions']['torch'],
-        device=h['gpu'] or h['cpu'],
-    )
+    return dict(run=r['run'], experiment=r['experiment'], dataset=r['dataset'], seed=r['seed'],
+                size=c['data']['size'], sentences=sum(x['samples'] for x in r['history']),
+        parameters=r['parameters'], gflops=r.get('gflops'), seconds=r['seconds']['total'],
+        train_seconds=r['seconds']['train'], peak_memory_mb=r['peak_memory_mb'],
+        fingerprint=r['fingerprint'], commit=r['code']['commit'], torch=r['versions']['torch'],
+        device=h['gpu'] or h['cpu'])
 
 def runs_frame(
     results:list,  # from `load_results`
@@ -123,11 +76,9 @@ def runs_frame(
     for r in results:
         try: out.append(_circumstances(r))
         except (KeyError, TypeError) as e:
-            raise KitError(
-                f'the result does not say how it was made: {e}',
-                r['folder'] / 'result.json',
-                'Remove that folder and run lts reproduce again',
-            ) from e
+            raise KitError(f'the result does not say how it was made: {e}',
+                           r['folder']/'result.json',
+                           'Remove that folder and run lts reproduce again') from e
     return pd.DataFrame(out)
 
 # %% ../../nbs/evidence/07_report.ipynb #1c1c16a9
@@ -135,11 +86,8 @@ def _flat(config, prefix=''):
     "{'model.n': 1, …} of a nested configuration, without what names the run or says where it ran."
     skip = ('run', 'experiment', 'preset', 'compute', 'splits')
     items = [(f'{prefix}{k}', v) for k, v in config.items() if prefix or k not in skip]
-    return {
-        a: b
-        for k, v in items
-        for a, b in (_flat(v, f'{k}.').items() if isinstance(v, dict) and v else [(k, v)])
-    }
+    return {a: b for k, v in items for a,
+            b in (_flat(v, f'{k}.').items() if isinstance(v, dict) and v else [(k, v)])}
 
 # %% ../../nbs/evidence/07_report.ipynb #0df795c5
 def config_differences(
@@ -151,11 +99,8 @@ def config_differences(
     flat, rows = _flat(base), []
     for r in results:
         own = _flat(r['config'])
-        there = [
-            f'{k}={json.dumps(own[k], ensure_ascii=False)}' if k in own else f'no {k}'
-            for k in sorted({*flat, *own})
-            if own.get(k, ...) != flat.get(k, ...)
-        ]
+        there = [f'{k}={json.dumps(own[k], ensure_ascii=False)}' if k in own else f'no {k}'
+                 for k in sorted({*flat, *own}) if own.get(k, ...) != flat.get(k, ...)]
         rows.append((r['run'], ', '.join(there) or '–'))
     return base, pd.DataFrame(rows, columns=['run', 'departs'])
 
@@ -183,31 +128,14 @@ def make_figures(
     "The report's figures, as many as the results allow."
     out, lts = {}, _examples(results, 'lts', dataset)
     if lts:
-        out['figure4'] = (
-            figure4(lts[:6]),
-            'Figure 4. Expression, image, position prior (sigmoid of the filter’s response), '
-            'predicted mask, ground truth; LTS, first seed, fixed sentences of the validation '
-            'split.',
-            _sentences(lts[:6]),
-        )
-    parts = {
-        e: _examples(results, e, dataset)
-        for e in ('fusion-filter', 'filter-seg', 'fusion-seg', 'lts')
-    }
+        out['figure4'] = figure4(lts[:6]), 'Figure 4. Expression, image, position prior (sigmoid of the filter’s response), predicted mask, ground truth; LTS, first seed, fixed sentences of the validation split.', _sentences(lts[:6])
+    parts = {e: _examples(results, e, dataset)
+             for e in ('fusion-filter', 'filter-seg', 'fusion-seg', 'lts')}
     if lts and all(parts.values()):
-        out['figure5'] = (
-            figure5({e: x[:6] for e, x in parts.items()}),
-            'Figure 5. The same sentences without Seg, without Fusion, without Filter, and the '
-            'full model.',
-            [],
-        )
+        out['figure5'] = figure5({e: x[:6] for e,
+                                  x in parts.items()}), 'Figure 5. The same sentences without Seg, without Fusion, without Filter, and the full model.', []
     if '2' in frames and frames['2'].ours.notna().any():
-        out['table2'] = (
-            table2_bars(frames['2']),
-            'Table 2, val: the paper’s IoU, ours, and what a perfect mask would reach on each '
-            'row’s grid.',
-            [],
-        )
+        out['table2'] = table2_bars(frames['2']), 'Table 2, val: the paper’s IoU, ours, and what a perfect mask would reach on each row’s grid.', []
     if '6' in frames and frames['6'].ours.notna().any():
         out['resolution'] = resolution_curve(frames['6']), 'Table 6: IoU by input resolution.', []
     if '5' in frames and frames['5'].ours.notna().any():
@@ -256,16 +184,10 @@ def block_grid(
 )->dict:         # caption, head [[(text, span)]], body [[(text, best)]]
     "A block of a paper's table as lines of cells."
     extra, groups = block['extra'], block['groups']
-    head = [
-        [('', 1 + len(extra))] + [(g, len(cs)) for g, cs in groups],
-        [('', 1)] + [(e, 1) for e in extra] + [(c, 1) for _, cs in groups for c in cs],
-    ]
-    body = [
-        [(label, False)]
-        + [(v[i], False) for v in extra.values()]
-        + [cs[c][i] for _, cs in groups for c in cs]
-        for i, label in enumerate(block['labels'])
-    ]
+    head = [[('', 1 + len(extra))] + [(g, len(cs)) for g, cs in groups],
+            [('', 1)] + [(e, 1) for e in extra] + [(c, 1) for _, cs in groups for c in cs]]
+    body = [[(label, False)] + [(v[i], False) for v in extra.values()]
+            + [cs[c][i] for _, cs in groups for c in cs] for i, label in enumerate(block['labels'])]
     return dict(caption=block['title'], wrap=[], head=head, body=body)
 
 def frame_grid(
@@ -273,63 +195,38 @@ def frame_grid(
     wrap=(),  # columns of running text
 )->dict:      # as `block_grid`
     "A data frame as lines of cells."
-    show = lambda v: (
-        '–'
-        if pd.isna(v)
-        else f'{v:.{digits}f}'.replace('-', '−') if isinstance(v, float) else str(v)
-    )
-    return dict(
-        caption=caption,
-        wrap=[frame.columns.get_loc(c) for c in wrap],
-        head=[[(c, 1) for c in frame.columns]],
-        body=[[(show(v), False) for v in line] for line in frame.itertuples(index=False)],
-    )
+    show = lambda v: '–' if pd.isna(v) else f'{v:.{digits}f}'.replace('-', '−') if isinstance(v,
+                                                            float) else str(v)
+    return dict(caption=caption, wrap=[frame.columns.get_loc(c) for c in wrap],
+                head=[[(c, 1) for c in frame.columns]],
+                body=[[(show(v), False) for v in line] for line in frame.itertuples(index=False)])
 
 # %% ../../nbs/evidence/07_report.ipynb #ac65114f
-TITLES = {
-    '1': 'Table 1: against the state of the art',
-    '2': 'Table 2: ablation',
-    '4': 'Table 4: transformer instead of filtering',
-    '5': 'Table 5: filtering',
-    '6': 'Table 6: input resolution',
-    '7': 'Table 7: all of it together',
-}
-HOW_TO_READ = (
-    'Each cell: the paper’s number, ours, the difference, our mean IoU, and the span between '
-    'blind floor (a model trained with other objects’ sentences) and ceiling '
-    '(a perfect mask through this row’s target grid and inference). IoU is overall IoU: an '
-    'inference about the paper, not its word. The best of a column is bold.'
-)
+TITLES = {'1': 'Table 1: against the state of the art', '2': 'Table 2: ablation',
+          '4': 'Table 4: transformer instead of filtering', '5': 'Table 5: filtering',
+          '6': 'Table 6: input resolution', '7': 'Table 7: all of it together'}
+HOW_TO_READ = ('Each cell: the paper’s number, ours, the difference, our mean IoU, and the span '
+               'between blind floor (a model trained with other objects’ sentences) and ceiling '
+               '(a perfect mask through this row’s target grid and inference). IoU is overall '
+               'IoU: an inference about the paper, not its word. The best of a column is bold.')
 
 # %% ../../nbs/evidence/07_report.ipynb #0e0ccddd
 def _table_section(t, frame, leak=''):
-    parts = [
-        *([dict(warning=leak)] if leak else []),
-        *([dict(text=HOW_TO_READ)] if t == '1' else []),
-    ]
-    return (
-        f'table{t}',
-        TITLES[t],
-        parts + [dict(grid=block_grid(b)) for b in table_blocks(t, frame)],
-    )
+    parts = [*([dict(warning=leak)] if leak else []),
+             *([dict(text=HOW_TO_READ)] if t == '1' else [])]
+    return f'table{t}', TITLES[t], parts + [dict(grid=block_grid(b))
+                                            for b in table_blocks(t, frame)]
 
 # %% ../../nbs/evidence/07_report.ipynb #40b8905e
-HOW_JUDGED = (
-    'A claim is about overall IoU on val, in points. Its interval is the envelope of two 95 % '
-    'intervals: over test images (paired bootstrap) and over training seeds (Student’s t). '
-    '“Reproduced”: it lies on the claimed side; “not reproduced”: on the other; “comparable” and '
-    '“does not beat” allow a margin of one point.'
-)
+HOW_JUDGED = ('A claim is about overall IoU on val, in points. Its interval is the envelope of '
+              'two 95 % intervals: over test images (paired bootstrap) and over training seeds '
+              '(Student’s t). '
+              '“Reproduced”: it lies on the claimed side; “not reproduced”: on the other; '
+              '“comparable” and “does not beat” allow a margin of one point.')
 
 # %% ../../nbs/evidence/07_report.ipynb #d7cd4b0a
-NAMES = {
-    'refshapes': 'RefShapes',
-    'refshapes+': 'RefShapes+',
-    'refshapesg': 'RefShapesg',
-    'refcoco': 'RefCOCO',
-    'refcoco+': 'RefCOCO+',
-    'refcocog': 'RefCOCOg',
-}
+NAMES = {'refshapes': 'RefShapes', 'refshapes+': 'RefShapes+', 'refshapesg': 'RefShapesg',
+         'refcoco': 'RefCOCO', 'refcoco+': 'RefCOCO+', 'refcocog': 'RefCOCOg'}
 
 def _span(low, high, absolute):
     "An interval as text: with signs where it is one of a difference."
@@ -340,88 +237,55 @@ def _claims_section(claims):
     parts, absolute = [dict(text=HOW_JUDGED)], {c.claim for c in CLAIMS if c.test == 'at least'}
     for dataset, c in claims.groupby('dataset', sort=False):
         span = [_span(a, b, name in absolute) for name, a, b in zip(c.claim, c.low, c.high)]
-        shown = c.assign(
-            interval=span, why=c.why.str.replace(r'(?<=[\[ ])-(?=\d)', '−', regex=True)
-        )[['claim', 'verdict', 'published', 'effect', 'interval', 'why', 'source']]
+        shown = c.assign(interval=span,
+                         why=c.why.str.replace(r'(?<=[\[ ])-(?=\d)', '−', regex=True))[['claim',
+                                                            'verdict', 'published', 'effect',
+                                                            'interval', 'why', 'source']]
         counts = ', '.join(f'{n} {v}' for v, n in c.verdict.value_counts().items())
-        parts.append(
-            dict(
-                grid=frame_grid(
-                    shown,
-                    2,
-                    f'Verdicts on {NAMES.get(dataset, dataset)}: {counts}',
-                    ['claim', 'verdict', 'why', 'source'],
-                )
-            )
-        )
+        parts.append(dict(grid=frame_grid(shown, 2,
+                                          f'Verdicts on {NAMES.get(dataset, dataset)}: {counts}',
+                                          ['claim', 'verdict', 'why', 'source'])))
     return 'claims', 'What of the paper holds here?', parts
 
 # %% ../../nbs/evidence/07_report.ipynb #e4be4901
 def _failures_section(results, failures, parts, dataset):
     "What went wrong, where, and the worst sentences of the first LTS run."
     if failures.empty: return None
-    out = [
-        dict(
-            text='A sentence fails where its IoU is 0.5 or less. Localisation: the prior’s '
-                 'maximum lies outside the object (another object: the mask covers one); '
-                 'segmentation: it lies inside, and the mask is bad all the same. LTS, all '
-                 'seeds, in percent.'
-        ),
-        dict(grid=frame_grid(failures)),
-    ]
+    out = [dict(text='A sentence fails where its IoU is 0.5 or less. Localisation: the prior’s '
+                     'maximum lies outside the object (another object: the mask covers one); '
+                     'segmentation: it lies inside, and the mask is bad all the same. LTS, all '
+                     'seeds, in percent.'),
+           dict(grid=frame_grid(failures))]
     if parts:
-        out.append(
-            dict(
-                plot=(
-                    f'breakdown',
-                    breakdown_bars(parts),
-                    f'LTS on {dataset} val by length of the sentence, share of the picture that '
-                    f'the object covers, objects of its category in the picture, and kind of '
-                    f'expression; bars: overall IoU with its 95 % interval over images; '
-                    f'diamonds: pointing game; in brackets the number of sentences.',
-                    [],
-                )
-            )
-        )
+        out.append(dict(plot=(f'breakdown', breakdown_bars(parts),
+                              f'LTS on {dataset} val by length of the sentence, share of the '
+                              f'picture that the object covers, objects of its category in the '
+                              f'picture, and kind of expression; bars: overall IoU with its 95 % '
+                              f'interval over images; diamonds: pointing game; in brackets the '
+                              f'number of sentences.', [])))
     if worst := _examples(results, 'lts', dataset, 'worst'):
-        out.append(
-            dict(
-                plot=(
-                    'worst',
-                    figure4(worst),
-                    'The sentences with the lowest IoU, one an object: first those whose prior '
-                    'points beside the object (localisation failed), then those whose prior '
-                    'points into it (segmentation failed).',
-                    _sentences(worst),
-                )
-            )
-        )
+        out.append(dict(plot=('worst', figure4(worst),
+                              'The sentences with the lowest IoU, one an object: first those '
+                              'whose prior points beside the object (localisation failed), then '
+                              'those whose prior points into it (segmentation '
+                              'failed).', _sentences(worst))))
     return 'failures', 'What goes wrong?', out
 
 # %% ../../nbs/evidence/07_report.ipynb #8ab96089
 def _evidence_section(frame, results):
-    parts = [
-        dict(
-            text='The sentence must decide. “swapped”: each prediction held against another '
-                 'object of its image; “blind”: trained with other objects’ sentences. Overall '
-                 'IoU in percent; pointing: the prior’s maximum lies in the object (the paper: '
-                 '81.74).'
-        ),
-        dict(grid=frame_grid(controls(frame))),
-    ]
+    parts = [dict(text='The sentence must decide. “swapped”: each prediction held against '
+                       'another object of its image; “blind”: trained with other objects’ '
+                       'sentences. Overall IoU in percent; pointing: the prior’s maximum lies in '
+                       'the object (the paper: 81.74).'),
+             dict(grid=frame_grid(controls(frame)))]
     share = seg_grid_share(results)
-    share = share.assign(
-        share=[('over 100' if v > 100 else f'{v:.0f}') if pd.notna(v) else '–' for v in share.share]
-    )
+    share = share.assign(share=[('over 100' if v > 100 else f'{v:.0f}') if pd.notna(v) else '–'
+                                for v in share.share])
     if len(share):
-        parts += [
-            dict(
-                text='How much of the gain of Seg is only the finer grid: the row without Seg, '
-                     'scaled by the ratio of the two grids’ ceilings, would gain “grid” points '
-                     'with no better model; “share” is that in percent of the gain.'
-            ),
-            dict(grid=frame_grid(share)),
-        ]
+        parts += [dict(text='How much of the gain of Seg is only the finer grid: the row without '
+                            'Seg, scaled by the ratio of the two grids’ ceilings, would gain '
+                            '“grid” points with no better model; “share” is that in percent of '
+                            'the gain.'), dict(grid=frame_grid(share))]
     return 'evidence', 'Does it read, and what does the grid explain?', parts
 
 # %% ../../nbs/evidence/07_report.ipynb #e2c6ccc2
@@ -430,11 +294,8 @@ def _embed(part, folder):
     if 'plot' not in part: return part
     name, fig, caption, lines = part['plot']
     save_figure(fig, folder/f'{name}.png')
-    return dict(
-        figure=base64.b64encode((folder / f'{name}.png').read_bytes()).decode(),
-        caption=caption,
-        lines=lines,
-    )
+    return dict(figure=base64.b64encode((folder/f'{name}.png').read_bytes()).decode(),
+                caption=caption, lines=lines)
 
 def _figure_section(figures):
     return 'figures', 'Figures', [dict(plot=(name, *f)) for name, f in figures.items()]
@@ -442,93 +303,45 @@ def _figure_section(figures):
 def _frozen(preset, dataset, print_):
     "A fingerprint, and whether it is the frozen one."
     frozen = FROZEN.get(preset, {}).get(dataset)
-    return print_ + (
-        ''
-        if frozen is None
-        else ' (the frozen data)' if frozen == print_ else f' (NOT the frozen data, {frozen})'
-    )
+    return print_ + ('' if frozen is None else ' (the frozen data)' if frozen == print_
+                     else f' (NOT the frozen data, {frozen})')
 
 # %% ../../nbs/evidence/07_report.ipynb #183fee41
 def _made_section(preset, runs, results):
     "Where the numbers come from."
     shown = runs.drop(columns=['experiment', 'commit', 'torch', 'device', 'fingerprint'])
     first, (base, departs) = results[0], config_differences(results)
-    facts = pd.DataFrame(
-        [('data, seed and recipe', json.dumps(first['config']['data']['recipe']))]
-        + [
-            (f'fingerprint of {d}', _frozen(preset, d, f))
-            for d, f in runs.groupby('dataset').fingerprint.first().items()
-        ]
-        + [
-            ('code', ', '.join(sorted({str(c) for c in runs.commit}))),
-            ('versions', json.dumps(first['versions'])),
-            ('hardware', json.dumps(first['hardware'])),
-            (
-                'all runs together',
-                f'{runs.seconds.sum()/3600:.2f} hours, one after the other; largest process '
-                f'{runs.peak_memory_mb.max():.0f} MB',
-            ),
-        ],
-        columns=['what', ''],
-    )
-    return (
-        'made',
-        'How each number was made',
-        [
-            dict(grid=frame_grid(facts, wrap=[''])),
-            dict(grid=frame_grid(shown)),
-            dict(text='Where each configuration departs from the one below it:'),
-            dict(grid=frame_grid(departs, wrap=['departs'])),
-            dict(
-                codes=[json.dumps(base, sort_keys=True, ensure_ascii=False)],
-                summary=f'The configuration of {base.get("run", results[0]["run"])}, whole',
-            ),
-            dict(
-                codes=[command_of(preset, r) for r in runs.itertuples()],
-                summary='The command for each run',
-            ),
-        ],
-    )
+    facts = pd.DataFrame([('data, seed and recipe', json.dumps(first['config']['data']['recipe']))]
+                         + [(f'fingerprint of {d}', _frozen(preset, d, f)) for d,
+                            f in runs.groupby('dataset').fingerprint.first().items()] +
+        [('code', ', '.join(sorted({str(c) for c in runs.commit}))),
+         ('versions', json.dumps(first['versions'])), ('hardware', json.dumps(first['hardware'])),
+         ('all runs together',
+          f'{runs.seconds.sum()/3600:.2f} hours, one after the other; largest process '
+          f'{runs.peak_memory_mb.max():.0f} MB')], columns=['what', ''])
+    return 'made', 'How each number was made', [dict(grid=frame_grid(facts, wrap=[''])),
+                                                dict(grid=frame_grid(shown)),
+        dict(text='Where each configuration departs from the one below it:'),
+        dict(grid=frame_grid(departs, wrap=['departs'])),
+        dict(codes=[json.dumps(base, sort_keys=True, ensure_ascii=False)],
+             summary=f'The configuration of {base.get("run", results[0]["run"])}, whole'),
+        dict(codes=[command_of(preset, r) for r in runs.itertuples()],
+             summary='The command for each run')]
 
 # %% ../../nbs/evidence/07_report.ipynb #7c4621e1
 def _evidence(results, preset):
     "{name: frame} of what stands behind the tables: claims, effects, failures, breakdown."
     effects = effects_frame(results, preset)
     datasets = list(preset_of(preset)['datasets'].values())
-    places = list(
-        dict.fromkeys(
-            (r['dataset'], s)
-            for d in datasets
-            for r in results
-            if r['dataset'] == d
-            for s in r['metrics']
-        )
-    )
-    parts = [
-        breakdown(f, by).assign(dataset=d, by=by)
-        for d in datasets
-        if len(f := sentences_frame(results, 'lts', d))
-        for by in BREAKDOWNS
-    ]
-    columns = [
-        'dataset',
-        'by',
-        'level',
-        'sentences',
-        'images',
-        'oIoU',
-        'low',
-        'high',
-        'mIoU',
-        'prec@0.5',
-        'pointing',
-    ]
-    return dict(
-        claims=claims_frame(results, preset, effects),
-        effects=effects,
-        failures=failures_frame(results, places),
-        breakdown=pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns),
-    )
+    places = list(dict.fromkeys((r['dataset'], s) for d in datasets for r in results
+                                if r['dataset'] == d for s in r['metrics']))
+    parts = [breakdown(f, by).assign(dataset=d, by=by) for d in datasets
+             if len(f := sentences_frame(results, 'lts', d)) for by in BREAKDOWNS]
+    columns = ['dataset', 'by', 'level', 'sentences', 'images', 'oIoU', 'low', 'high', 'mIoU',
+               'prec@0.5', 'pointing']
+    return dict(claims=claims_frame(results, preset, effects), effects=effects,
+                failures=failures_frame(results, places),
+                breakdown=pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns))
 
 # %% ../../nbs/evidence/07_report.ipynb #6525ca4c
 def write_report(
@@ -543,9 +356,8 @@ def write_report(
     results = load_results(DIR, preset)
     try: (DIR/'figures').mkdir(exist_ok=True)
     except OSError as e: raise disk_error(e, DIR/'figures') from e
-    frame, frames = results_frame(results), {
-        t: paper_table(t, wanted, results) for t in dict.fromkeys(wanted.table)
-    }
+    frame, frames = results_frame(results), {t: paper_table(t, wanted, results)
+                                             for t in dict.fromkeys(wanted.table)}
     leak = leak_note(results)
     for t, f in frames.items(): write_table(DIR, t, f, leak)
     write_csv(DIR/'results.csv', frame)
@@ -565,91 +377,50 @@ def _sections(DIR, preset, results, frame, frames, runs, evidence):
     dataset = preset_of(preset)['datasets']['refcoco']
     sections = [_table_section(t, f, leak_note(results)) for t, f in frames.items()]
     if results:
-        parts = {
-            by: g
-            for by, g in evidence['breakdown']
-            .query('dataset == @dataset')
-            .groupby('by', sort=False)
-        }
-        sections = [
-            _evidence_section(frame, results),
-            *sections,
-            _failures_section(results, evidence['failures'], parts, dataset),
-            _figure_section(make_figures(results, frames, dataset)),
-            _made_section(preset, runs, results),
-        ]
-    return [
-        (id, title, [_embed(p, DIR / 'figures') for p in ps])
-        for id, title, ps in filter(None, [_claims_section(evidence['claims']), *sections])
-    ]
+        parts = {by: g for by,
+                 g in evidence['breakdown'].query('dataset == @dataset').groupby('by', sort=False)}
+        sections = [_evidence_section(frame, results), *sections,
+                    _failures_section(results, evidence['failures'], parts, dataset),
+                    _figure_section(make_figures(results, frames, dataset)),
+                    _made_section(preset, runs, results)]
+    return [(id, title, [_embed(p, DIR/'figures') for p in ps]) for id, title,
+            ps in filter(None, [_claims_section(evidence['claims']), *sections])]
 
 # %% ../../nbs/evidence/07_report.ipynb #695861a7
 def _part_notes(results):
     "Which published splits were scored in part only: nothing said of them is said of the whole."
-    whole = {
-        (d, s): c['sentences']
-        for (d, by), counts in PUBLISHED_COUNTS.items()
-        if by != 'google'
-        for s, c in counts.items()
-        if 'sentences' in c
-    }
-    scored = {
-        (r['dataset'], s): int(m['n'])
-        for r in results
-        for s, m in r['metrics'].items()
-        if m.get('n')
-    }
-    said = [
-        f'{d} {s} {n} of {whole[d, s]:,}'
-        for (d, s), n in scored.items()
-        if n != whole.get((d, s), n)
-    ]
-    return (
-        [
-            f'Not the published splits: {", ".join(said)} sentences. No number here can be held '
-            f'against the paper\'s.'
-        ]
-        if said
-        else []
-    )
+    whole = {(d, s): c['sentences'] for (d, by),
+             counts in PUBLISHED_COUNTS.items() if by != 'google' for s,
+             c in counts.items() if 'sentences' in c}
+    scored = {(r['dataset'], s): int(m['n']) for r in results for s,
+              m in r['metrics'].items() if m.get('n')}
+    said = [f'{d} {s} {n} of {whole[d, s]:,}' for (d, s),
+            n in scored.items() if n != whole.get((d, s), n)]
+    return [f'Not the published splits: {", ".join(said)} sentences. No number here can be held '
+            f'against the paper\'s.'] if said else []
 
 # %% ../../nbs/evidence/07_report.ipynb #2d6c0c92
 def _write_page(DIR, preset, results, frame, frames, runs, missing, failed, evidence):
     "Render `index.html`."
     dataset = preset_of(preset)['datasets']['refcoco']
     sections = _sections(DIR, preset, results, frame, frames, runs, evidence)
-    notes = (
-        _part_notes(results)
-        + [f'This run failed: {r} (see runs/{r}/train.ipynb).' for r in failed]
-        + ([f'Not run yet: {", ".join(missing)}.'] if missing else [])
-    )
+    notes = _part_notes(results) + [f'This run failed: {r} (see runs/{r}/train.ipynb).'
+                                    for r in failed] + ([f'Not run yet: {", ".join(missing)}.']
+                                                        if missing else [])
     seeds = sorted({r['seed'] for r in results})
-    about = (
-        f'{len(results)} run{"s"*(len(results) != 1)} on '
-        f'{", ".join(sorted({r["dataset"] for r in results})) or "nothing"}, seeds '
-        f'{", ".join(map(str, seeds)) or "none"}. '
-        + (
-            'RefShapes stands in for RefCOCO: a verdict here is a verdict on RefShapes. '
-            if dataset.startswith('refshapes')
-            else ''
-        )
-        + 'The paper: Jing et al., Locate then Segment, CVPR 2021.'
-    )
+    about = (f'{len(results)} run{"s"*(len(results) != 1)} on '
+             f'{", ".join(sorted({r["dataset"] for r in results})) or "nothing"}, seeds '
+             f'{", ".join(map(str, seeds)) or "none"}. '
+             + ('RefShapes stands in for RefCOCO: a verdict here is a verdict on RefShapes. '
+                if dataset.startswith('refshapes') else '')
+             + 'The paper: Jing et al., Locate then Segment, CVPR 2021.')
     page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    write_text(
-        DIR / 'index.html',
-        page.render(preset=preset, style=STYLE, about=about, notes=notes, sections=sections),
-    )
+    write_text(DIR/'index.html',
+               page.render(preset=preset, style=STYLE, about=about, notes=notes, sections=sections))
 
 # %% ../../nbs/evidence/07_report.ipynb #da6b1083
-BROWSERS = (
-    'chromium',
-    'chromium-browser',
-    'chromium-headless-shell',
-    'google-chrome',
-    'google-chrome-stable',
-    'chrome',
-)
+BROWSERS = ('chromium', 'chromium-browser', 'chromium-headless-shell', 'google-chrome',
+            'google-chrome-stable', 'chrome')
 
 # %% ../../nbs/evidence/07_report.ipynb #44dcc2ab
 def print_pdf(
@@ -657,47 +428,25 @@ def print_pdf(
     timeout=120,    # seconds
 )->str:             # a sentence: where the PDF is, or how to get one
     "The report as one PDF, where a browser can print it."
-    browser, page, pdf = (
-        next(filter(None, map(shutil.which, BROWSERS)), None),
-        Path(DIR).resolve() / 'index.html',
-        Path(DIR) / 'report.pdf',
-    )
+    browser, page, pdf = next(filter(None, map(shutil.which, BROWSERS)),
+                              None), Path(DIR).resolve()/'index.html', Path(DIR)/'report.pdf'
     if not browser:
         return (f'For a PDF install Chromium (apt-get install chromium) and run lts report '
                 f'again, or print {page} from any browser.')
-    flags = [
-        '--headless',
-        '--disable-gpu',
-        '--no-first-run',
-        '--disable-background-networking',
-        '--disable-extensions',
-        '--no-pdf-header-footer',
-        '--host-resolver-rules=MAP * ~NOTFOUND',
-    ]
+    flags = ['--headless', '--disable-gpu', '--no-first-run', '--disable-background-networking',
+             '--disable-extensions', '--no-pdf-header-footer',
+             '--host-resolver-rules=MAP * ~NOTFOUND']
     if os.geteuid() == 0: flags.append('--no-sandbox')  # Chromium refuses to run as root otherwise
     with atomic_path(pdf) as tmp:
         try:
-            done = subprocess.run(
-                [
-                    browser,
-                    *flags,
-                    f'--user-data-dir={tmp}.profile',
-                    f'--print-to-pdf={tmp}',
-                    page.as_uri(),
-                ],
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-            )
+            done = subprocess.run([browser, *flags, f'--user-data-dir={tmp}.profile',
+                                   f'--print-to-pdf={tmp}', page.as_uri()], capture_output=True,
+                                   text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
-            raise KitError(
-                f'{browser} did not print within {timeout} s', page, 'Print the page from a browser'
-            ) from None
+            raise KitError(f'{browser} did not print within {timeout} s', page,
+                           'Print the page from a browser') from None
         finally: shutil.rmtree(f'{tmp}.profile', ignore_errors=True)
         if done.returncode or not Path(tmp).stat().st_size:
-            raise KitError(
-                f'{browser} could not print: {done.stderr.strip()[-200:]}',
-                page,
-                'Print the page from a browser',
-            )
+            raise KitError(f'{browser} could not print: {done.stderr.strip()[-200:]}', page,
+                           'Print the page from a browser')
     return f'As PDF: {pdf}'

@@ -23,35 +23,15 @@ def _object(required=(), **properties):
 def _each(of): return {'type': 'object', 'additionalProperties': of}
 
 _text, _number = {'type': 'string'}, {'type': ['number', 'null'], 'minimum': -1e15, 'maximum': 1e15}
-SCHEMA = _object(
-    (
-        'run',
-        'experiment',
-        'dataset',
-        'preset',
-        'seed',
-        'metrics',
-    ),  # of result.json; what a table or the report reads
-    run=_text,
-    experiment=_text,
-    dataset=_text,
-    preset=_text,
-    fingerprint=_text,
+SCHEMA = _object(('run', 'experiment', 'dataset', 'preset', 'seed', 'metrics'),  # of result.json; what a table or the report reads
+    run=_text, experiment=_text, dataset=_text, preset=_text, fingerprint=_text,
     seed={'type': 'integer', 'minimum': 0, 'maximum': 10**6},
-    metrics=_each(_each(_number)),
-    ceiling=_each(_each(_number)),
-    controls=_each(_each(_each(_number))),
-    history={'type': 'array', 'items': _each(_number)},
-    config={'type': 'object'},
-    seconds=_each(_number),
-    versions={'type': 'object'},
+    metrics=_each(_each(_number)), ceiling=_each(_each(_number)),
+    controls=_each(_each(_each(_number))), history={'type': 'array', 'items': _each(_number)},
+    config={'type': 'object'}, seconds=_each(_number), versions={'type': 'object'},
     code={'type': 'object'},
-    hardware={'type': 'object'},
-    parameters=_number,
-    gflops=_number,
-    peak_memory_mb=_number,
-    backbone={'type': ['object', 'null']},
-)
+    hardware={'type': 'object'}, parameters=_number, gflops=_number, peak_memory_mb=_number,
+    backbone={'type': ['object', 'null']})
 
 def load_arrays(
     path,  # .npz of a run, perhaps a stranger's
@@ -92,9 +72,8 @@ def _numbers(result):
     "(split, metric, value) of one run, without the values it does not have."
     for split, m in result['metrics'].items():
         extra = {f'ceiling {k}': v for k, v in result.get('ceiling', {}).get(split, {}).items()}
-        extra['swapped oIoU'] = (
-            result.get('controls', {}).get(split, {}).get('swapped', {}).get('oIoU')
-        )
+        extra['swapped oIoU'] = result.get('controls', {}).get(split, {}).get('swapped',
+                                                            {}).get('oIoU')
         for metric, value in {**m, **extra}.items():
             if metric in _order and value is not None and np.isfinite(value):
                 yield split, metric, float(value)
@@ -104,22 +83,13 @@ def results_frame(
     results:list,    # from `load_results`
 )->pd.DataFrame:     # experiment, dataset, split, seed, metric, value (percent), in a fixed order
     "The long table of all results."
-    rows = [
-        (r['experiment'], r['dataset'], s, r['seed'], m, v)
-        for r in results
-        for s, m, v in _numbers(r)
-    ]
-    frame = pd.DataFrame(
-        rows, columns=['experiment', 'dataset', 'split', 'seed', 'metric', 'value']
-    )
-    key = lambda c: (
-        c.map(_order.index)
-        if c.name == 'metric'
-        else c.map(_split_rank) if c.name == 'split' else c
-    )
-    return frame.sort_values(
-        ['experiment', 'dataset', 'split', 'seed', 'metric'], key=key, kind='stable'
-    ).reset_index(drop=True)
+    rows = [(r['experiment'], r['dataset'], s, r['seed'], m, v) for r in results for s, m,
+            v in _numbers(r)]
+    frame = pd.DataFrame(rows,
+                         columns=['experiment', 'dataset', 'split', 'seed', 'metric', 'value'])
+    key = lambda c: c.map(_order.index) if c.name == 'metric' else c.map(_split_rank) if c.name == 'split' else c
+    return frame.sort_values(['experiment', 'dataset', 'split', 'seed', 'metric'], key=key,
+                             kind='stable').reset_index(drop=True)
 
 # %% ../../nbs/evidence/03_tables.ipynb #f6de1e83
 def _split_rank(split): return dict(val='0', testA='1', testB='2', test='3').get(split, f'4{split}')
@@ -147,11 +117,9 @@ def image_totals(
     _, image = np.unique(samples['image_id'], return_inverse=True)
     inter, union = (np.asarray(samples[k], float) for k in ('intersection', 'union'))
     hit, iou = np.asarray(samples['hit']), inter / np.maximum(union, 1)
-    columns = (
-        [inter, union, iou, np.ones_like(iou)]
-        + [iou > x / 10 for x in range(5, 10)]
-        + [hit == 1, hit >= 0]
-    )
+    columns = [inter, union, iou, np.ones_like(iou)] + [iou > x / 10
+                                                        for x in range(5, 10)] + [hit == 1,
+                                                            hit >= 0]
     return np.stack([np.bincount(image, c) for c in columns], 1)
 
 def metrics_of(
@@ -170,15 +138,9 @@ def bootstrap_interval(
     seed:int=0,     # the same for all models: evaluated on the same images, they see the same draws
 )->tuple:           # low (k,), high (k,)
     "95 % percentile interval of a statistic over images drawn with replacement."
-    out = stats.bootstrap(
-        (np.arange(n),),
-        lambda rows, axis: np.moveaxis(statistic(rows), -1, 0),
-        n_resamples=draws,
-        vectorized=True,
-        batch=50,
-        method='percentile',
-        rng=seed,
-    )
+    out = stats.bootstrap((np.arange(n),), lambda rows, axis: np.moveaxis(statistic(rows), -1, 0),
+                          n_resamples=draws, vectorized=True, batch=50, method='percentile',
+                          rng=seed)
     return out.confidence_interval.low, out.confidence_interval.high
 
 # %% ../../nbs/evidence/03_tables.ipynb #33aeb3be
@@ -192,14 +154,10 @@ def intervals_frame(
         for split in [s for s in r['metrics'] if (r['folder']/f'samples-{s}.npz').exists()]:
             totals = image_totals(load_samples(r, split))
             ends = bootstrap_interval(lambda rows: metrics_of(totals[rows]), len(totals), draws)
-            rows += [
-                (r['experiment'], r['dataset'], split, r['seed'], m, *v)
-                for m, *v in zip(metric_names, *ends)
-                if np.isfinite(v).all()
-            ]
-    return pd.DataFrame(
-        rows, columns=['experiment', 'dataset', 'split', 'seed', 'metric', 'low', 'high']
-    )
+            rows += [(r['experiment'], r['dataset'], split, r['seed'], m, *v) for m,
+                     *v in zip(metric_names, *ends) if np.isfinite(v).all()]
+    return pd.DataFrame(rows,
+                        columns=['experiment', 'dataset', 'split', 'seed', 'metric', 'low', 'high'])
 
 def load_samples(
     result:dict, split:str, # from `load_results`
@@ -211,30 +169,12 @@ def load_samples(
         return {k: out[k] for k in ('image_id', 'intersection', 'union', 'hit')} | out
     except KitError: raise
     except Exception as e:
-        raise KitError(
-            f'the samples cannot be read: {e}',
-            path,
-            f'Remove the folder {path.parent} and run lts reproduce again',
-        ) from e
+        raise KitError(f'the samples cannot be read: {e}', path,
+                       f'Remove the folder {path.parent} and run lts reproduce again') from e
 
 # %% ../../nbs/evidence/03_tables.ipynb #8dd8cd18
-_columns = [
-    'row',
-    'dataset',
-    'split',
-    'metric',
-    'paper',
-    'ours',
-    'sd',
-    'seeds',
-    'difference',
-    'mIoU',
-    'floor',
-    'ceiling',
-    'ours at',
-    'ours on',
-    'experiment',
-]
+_columns = ['row', 'dataset', 'split', 'metric', 'paper', 'ours', 'sd', 'seeds', 'difference',
+            'mIoU', 'floor', 'ceiling', 'ours at', 'ours on', 'experiment']
 
 def paper_table(
     table:str,           # "1" … "7"
@@ -246,28 +186,17 @@ def paper_table(
     and perfect-mask ceiling."""
     paper = published() if paper is None else paper
     p = paper[paper.table == str(table)].rename(columns={'value': 'paper'})
-    r = (
-        rows[rows.table.astype(str) == str(table)]
-        .rename(columns={'ours': 'ours on'})
-        .drop(columns='table')
-    )
+    r = rows[rows.table.astype(str) == str(table)].rename(columns={'ours': 'ours on'}).drop(columns='table')
     t = p.drop(columns='table').merge(r, on=['row', 'dataset', 'split'], how='outer', sort=False)
     t['metric'] = t.metric.fillna('IoU')
-    t = t.merge(
-        _mean(results),
-        left_on=['experiment', 'ours on', 'split', 'metric'],
-        right_on=['experiment', 'on', 'split', 'metric'],
-        how='left',
-    )
+    t = t.merge(_mean(results), left_on=['experiment', 'ours on', 'split', 'metric'],
+                right_on=['experiment', 'on', 'split', 'metric'], how='left')
     metric = t.metric.replace('IoU', 'oIoU')
     t['mIoU'] = _look_up(results, t.experiment, t, t.metric.map({'IoU': 'mIoU'}))
-    t['floor'], t['ceiling'] = _look_up(results, t.blind, t, metric), _look_up(
-        results, t.experiment, t, 'ceiling ' + metric
-    )
-    sizes = {
-        (x['experiment'], x['dataset']): x.get('config', {}).get('data', {}).get('size')
-        for x in results
-    }
+    t['floor'], t['ceiling'] = _look_up(results, t.blind, t, metric), _look_up(results,
+                                                            t.experiment, t, 'ceiling ' + metric)
+    sizes = {(x['experiment'], x['dataset']): x.get('config', {}).get('data', {}).get('size')
+             for x in results}
     t['ours at'] = [sizes.get(k) for k in zip(t.experiment, t['ours on'])]
     t = t.assign(difference=t.ours - t.paper, seeds=t.seeds.fillna(0).astype(int))
     return _in_order(t, p, r)[_columns]
@@ -276,23 +205,15 @@ def paper_table(
 def _mean(results):
     """Mean, standard deviation and number of seeds of every metric, oIoU under the paper's name for
     it."""
-    f = (
-        results_frame(results)
-        .replace({'metric': {'oIoU': 'IoU'}})
-        .rename(columns={'dataset': 'on'})
-    )
+    f = results_frame(results).replace({'metric': {'oIoU': 'IoU'}}).rename(columns={'dataset': 'on'})
     g = f.groupby(['experiment', 'on', 'split', 'metric'])['value']
     return g.agg(ours='mean', sd='std', seeds='size').reset_index()
 
 def _look_up(results, experiment, t, metric):
     """Means over seeds of `metric` of `experiment` on the data set and split of each line of `t`;
     NaN where there is none."""
-    known = (
-        results_frame(results)
-        .groupby(['experiment', 'dataset', 'split', 'metric'])['value']
-        .mean()
-        .to_dict()
-    )
+    known = results_frame(results).groupby(['experiment', 'dataset', 'split',
+                                            'metric'])['value'].mean().to_dict()
     return [known.get(k, np.nan) for k in zip(experiment, t['ours on'], t.split, metric)]
 
 def _in_order(t, p, r):
@@ -301,33 +222,23 @@ def _in_order(t, p, r):
     for c in ('row', 'dataset', 'split', 'metric'):
         order = list(dict.fromkeys([*p[c], *(r[c] if c in r else []), *t[c]]))
         t[f'_{c}'] = t[c].map(order.index)
-    return t.sort_values(['_row', '_dataset', '_split', '_metric'], kind='stable').reset_index(
-        drop=True
-    )
+    return t.sort_values(['_row', '_dataset', '_split', '_metric'],
+                         kind='stable').reset_index(drop=True)
 
 # %% ../../nbs/evidence/03_tables.ipynb #27a18a6a
-_layout = {
-    '1': ('dataset', 'split'),
-    '2': ('split', 'metric'),
-    '4': (None, 'dataset'),
-    '7': (None, 'dataset'),
-}
+_layout = {'1': ('dataset', 'split'), '2': ('split', 'metric'), '4': (None, 'dataset'),
+           '7': (None, 'dataset')}
 
 def _cells(g, metric):
     "The columns of one group: name → texts."
     f = lambda v, form='{:.1f}': '–' if pd.isna(v) else form.format(v)
     spread = [f(o) + (f' ± {s:.1f}' if pd.notna(s) else '') for o, s in zip(g.ours, g.sd)]
-    cells = {
-        'paper': [f(v, '{:.2f}') for v in g.paper],
-        'ours': spread,
-        'Δ': [f(v, '{:+.1f}').replace('-', '−') for v in g.difference],
-    }
+    cells = {'paper': [f(v, '{:.2f}') for v in g.paper], 'ours': spread,
+             'Δ': [f(v, '{:+.1f}').replace('-', '−') for v in g.difference]}
     if metric == 'IoU':
         cells['mIoU'] = [f(v) for v in g.mIoU]
-        cells['floor–ceiling'] = [
-            f'{f(a)} – {f(b)}' if pd.notna(a) or pd.notna(b) else '–'
-            for a, b in zip(g.floor, g.ceiling)
-        ]
+        cells['floor–ceiling'] = [f'{f(a)} – {f(b)}' if pd.notna(a) or pd.notna(b) else '–' for a,
+                                  b in zip(g.floor, g.ceiling)]
     return cells
 
 def _best(values):
@@ -340,15 +251,11 @@ def _extra(table, labels, t):
     "Columns that the paper prints between label and numbers."
     if table == '1':
         m = methods().set_index('method')
-        return {
-            'backbone': [m.backbone.get(r, '–') for r in labels],
-            'DCRF': [m.dense_crf.get(r, '–') for r in labels],
-        }
+        return {'backbone': [m.backbone.get(r, '–') for r in labels],
+                'DCRF': [m.dense_crf.get(r, '–') for r in labels]}
     if table == '2':
-        return {
-            p: ['✓' if p in r.split('+') else '' for r in labels]
-            for p in ('Fusion', 'Filter', 'Seg', 'Lloc')
-        }
+        return {p: ['✓' if p in r.split('+') else '' for r in labels]
+                for p in ('Fusion', 'Filter', 'Seg', 'Lloc')}
     if table == '6':
         at = t.dropna(subset=['ours at']).drop_duplicates('row').set_index('row')['ours at']
         return {'ours at': [f'{int(at[r])}×{int(at[r])}' if r in at else '–' for r in labels]}
@@ -378,19 +285,11 @@ def table_blocks(
         for name, g in b.groupby(group_by, sort=False):
             g = g.set_index('row').reindex(labels)
             best = {'paper': _best(g.paper), 'ours': _best(g.ours)}
-            columns = {
-                c: list(zip(v, best.get(c, [False] * len(v))))
-                for c, v in _cells(g, name if group_by == 'metric' else 'IoU').items()
-            }
+            columns = {c: list(zip(v, best.get(c, [False] * len(v)))) for c,
+                       v in _cells(g, name if group_by == 'metric' else 'IoU').items()}
             groups.append((title(name), columns))
-        blocks.append(
-            dict(
-                title=title(key),
-                extra=_extra(str(table), labels, b) | _notes(labels, b),
-                labels=labels,
-                groups=groups,
-            )
-        )
+        blocks.append(dict(title=title(key), extra=_extra(str(table), labels, b)
+                           | _notes(labels, b), labels=labels, groups=groups))
     return blocks
 
 # %% ../../nbs/evidence/03_tables.ipynb #52b1b7f0
@@ -405,44 +304,20 @@ def table_markdown(
     out = []
     for b in blocks:
         head = [''] + list(b['extra']) + [f'{g} {c}' for g, cs in b['groups'] for c in cs]
-        body = [
-            [
-                md(label),
-                *(md(v[i]) for v in b['extra'].values()),
-                *(mark(*cs[c][i]) for _, cs in b['groups'] for c in cs),
-            ]
-            for i, label in enumerate(b['labels'])
-        ]
-        lines = [
-            head,
-            ['---'] * (1 + len(b['extra'])) + ['---:'] * (len(head) - 1 - len(b['extra'])),
-            *body,
-        ]
-        out.append(
-            (f"**{md(b['title'])}**\n\n" if b['title'] else '')
-            + '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
-        )
+        body = [[md(label), *(md(v[i]) for v in b['extra'].values()),
+                 *(mark(*cs[c][i]) for _, cs in b['groups'] for c in cs)] for i,
+                 label in enumerate(b['labels'])]
+        lines = [head, ['---'] * (1 + len(b['extra']))
+                 + ['---:'] * (len(head) - 1 - len(b['extra'])), *body]
+        out.append((f"**{md(b['title'])}**\n\n" if b['title'] else '')
+                   + '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines))
     return '\n\n'.join(out) + '\n'
 
 # %% ../../nbs/evidence/03_tables.ipynb #7ee8ff84
-_tex = {
-    '\\': r'\textbackslash{}',
-    '&': r'\&',
-    '%': r'\%',
-    '$': r'\$',
-    '#': r'\#',
-    '_': r'\_',
-    '{': r'\{',
-    '}': r'\}',
-    '~': r'\textasciitilde{}',
-    '^': r'\textasciicircum{}',
-    '–': '--',
-    '−': '$-$',
-    '±': r'$\pm$',
-    '×': r'$\times$',
-    '✓': r'\checkmark{}',
-    'Δ': r'$\Delta$',
-}
+_tex = {'\\': r'\textbackslash{}', '&': r'\&', '%': r'\%', '$': r'\$', '#': r'\#', '_': r'\_',
+        '{': r'\{', '}': r'\}',
+        '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '–': '--', '−': '$-$', '±': r'$\pm$',
+        '×': r'$\times$', '✓': r'\checkmark{}', 'Δ': r'$\Delta$'}
 
 def tex_escape(
     text:str,  # any text
@@ -462,36 +337,17 @@ def _latex_block(b, mark):
     lead, widths = 1 + len(b['extra']), [len(cs) for _, cs in b['groups']]
     starts = lead + 1 + np.cumsum([0, *widths])
     rules = ' '.join(rf'\cmidrule(lr){{{s}-{s + w - 1}}}' for s, w in zip(starts, widths))
-    spans = [
-        rf'\multicolumn{{{w}}}{{c}}{{{tex_escape(g)}}}' for (g, _), w in zip(b['groups'], widths)
-    ]
-    head = (
-        [tex_escape(b['title'])]
-        + [tex_escape(e) for e in b['extra']]
-        + [tex_escape(c) for _, cs in b['groups'] for c in cs]
-    )
-    body = [
-        [
-            tex_escape(label),
-            *(tex_escape(v[i]) for v in b['extra'].values()),
-            *(mark(*cs[c][i]) for _, cs in b['groups'] for c in cs),
-        ]
-        for i, label in enumerate(b['labels'])
-    ]
-    lines = [
-        ' & '.join([''] * lead + spans) + r' \\ ' + rules,
-        ' & '.join(head) + r' \\ \midrule',
-    ] + [' & '.join(l) + r' \\' for l in body]
-    return '\n'.join(
-        [
-            rf"\begin{{tabular}}{{{'l' * lead}{'r' * sum(widths)}}}",
-            r'\toprule',
-            *lines,
-            r'\bottomrule',
-            r'\end{tabular}',
-            '',
-        ]
-    )
+    spans = [rf'\multicolumn{{{w}}}{{c}}{{{tex_escape(g)}}}' for (g, _),
+             w in zip(b['groups'], widths)]
+    head = [tex_escape(b['title'])] + [tex_escape(e) for e in b['extra']] + [tex_escape(c) for _,
+                                                            cs in b['groups'] for c in cs]
+    body = [[tex_escape(label), *(tex_escape(v[i]) for v in b['extra'].values()),
+             *(mark(*cs[c][i]) for _, cs in b['groups'] for c in cs)] for i,
+             label in enumerate(b['labels'])]
+    lines = [' & '.join([''] * lead + spans) + r' \\ ' + rules,
+             ' & '.join(head) + r' \\ \midrule'] + [' & '.join(l) + r' \\' for l in body]
+    return '\n'.join([rf"\begin{{tabular}}{{{'l' * lead}{'r' * sum(widths)}}}", r'\toprule', *lines,
+                      r'\bottomrule', r'\end{tabular}', ''])
 
 # %% ../../nbs/evidence/03_tables.ipynb #a8494075
 def write_table(
@@ -503,72 +359,35 @@ def write_table(
     "Write table<N>.csv (long, plain), .md and .tex (the paper's layout)."
     blocks = table_blocks(table, frame)
     write_csv(Path(DIR)/f'table{table}.csv', frame)
-    write_text(
-        Path(DIR) / f'table{table}.md', (f'**{note}**\n\n' if note else '') + table_markdown(blocks)
-    )
-    write_text(
-        Path(DIR) / f'table{table}.tex',
-        (rf'\textbf{{{tex_escape(note)}}}\par' + '\n' if note else '') + table_latex(blocks),
-    )
+    write_text(Path(DIR)/f'table{table}.md', (f'**{note}**\n\n' if note else '')
+               + table_markdown(blocks))
+    write_text(Path(DIR)/f'table{table}.tex',
+               (rf'\textbf{{{tex_escape(note)}}}\par' + '\n' if note else '') + table_latex(blocks))
 
 # %% ../../nbs/evidence/03_tables.ipynb #151d0584
-seg_pairs = {
-    'Fusion': ('fusion', 'fusion-seg'),
-    'Filter': ('filter', 'filter-seg'),
-    'Fusion+Filter': ('fusion-filter', 'fusion-filter-seg'),
-}
+seg_pairs = {'Fusion': ('fusion', 'fusion-seg'), 'Filter': ('filter', 'filter-seg'),
+             'Fusion+Filter': ('fusion-filter', 'fusion-filter-seg')}
 
 def seg_grid_share(
     results:list,    # from `load_results`
 )->pd.DataFrame:     # dataset, split, row, without, with, gain, ceiling H/8, ceiling H/4, grid (points), share (percent of the gain; empty where there is none)
     """The gain of Seg over the same row without it, and what the finer grid alone explains of it;
     means over seeds, overall IoU."""
-    m = (
-        results_frame(results)
-        .groupby(['dataset', 'split', 'experiment', 'metric'], sort=False)['value']
-        .mean()
-    )
+    m = results_frame(results).groupby(['dataset', 'split', 'experiment', 'metric'],
+                                       sort=False)['value'].mean()
     places, rows = list(dict.fromkeys((d, s) for d, s, _, _ in m.index)), []
     for dataset, split in places:
         for label, (less, more) in seg_pairs.items():
             at = lambda e, metric: m.get((dataset, split, e, metric), np.nan)
-            a, b, c8, c4 = (
-                at(less, 'oIoU'),
-                at(more, 'oIoU'),
-                at(less, 'ceiling oIoU'),
-                at(more, 'ceiling oIoU'),
-            )
+            a, b, c8, c4 = at(less, 'oIoU'), at(more, 'oIoU'), at(less, 'ceiling oIoU'), at(more,
+                                                            'ceiling oIoU')
             grid = a * (c4 / c8 - 1) if c8 > 0 else np.nan
             if np.isfinite([a, b]).any():
-                rows.append(
-                    (
-                        dataset,
-                        split,
-                        label,
-                        a,
-                        b,
-                        b - a,
-                        c8,
-                        c4,
-                        grid,
-                        100 * grid / (b - a) if b > a else np.nan,
-                    )
-                )
-    return pd.DataFrame(
-        rows,
-        columns=[
-            'dataset',
-            'split',
-            'row',
-            'without',
-            'with',
-            'gain',
-            'ceiling H/8',
-            'ceiling H/4',
-            'grid',
-            'share',
-        ],
-    )
+                rows.append((dataset, split, label, a, b, b - a, c8, c4, grid,
+                             100 * grid / (b - a) if b > a else np.nan))
+    return pd.DataFrame(rows,
+                        columns=['dataset', 'split', 'row', 'without', 'with', 'gain',
+                                 'ceiling H/8', 'ceiling H/4', 'grid', 'share'])
 
 # %% ../../nbs/evidence/03_tables.ipynb #e2166b1a
 _key = ['experiment', 'dataset', 'split', 'metric']
@@ -577,25 +396,19 @@ def _numbers_of(DIR):
     "value and half-width of each number of a report, indexed by `_key`."
     path = Path(DIR)/'results.csv'
     if not path.exists():
-        raise KitError(
-            'there is no results.csv in this report', DIR, f'Make it: lts reproduce --out {DIR}'
-        )
+        raise KitError('there is no results.csv in this report', DIR,
+                       f'Make it: lts reproduce --out {DIR}')
     try: f = pd.read_csv(path)
     except ValueError as e:
-        raise KitError(
-            f'the results cannot be read: {e}', path, f'Make them again: lts reproduce --out {DIR}'
-        ) from e
+        raise KitError(f'the results cannot be read: {e}', path,
+                       f'Make them again: lts reproduce --out {DIR}') from e
     absent = [c for c in [*_key, 'seed', 'value'] if c not in f]
     if absent:
-        raise KitError(
-            f'the results lack the columns {", ".join(absent)}',
-            path,
-            f'Make them again: lts reproduce --out {DIR}',
-        )
+        raise KitError(f'the results lack the columns {", ".join(absent)}', path,
+                       f'Make them again: lts reproduce --out {DIR}')
     g = f.groupby(_key)['value'].agg(['mean', 'std', 'size'])
-    g['half'] = np.fmax(
-        _image_half(DIR, f), stats.t.ppf(0.975, g['size'] - 1) * g['std'] / np.sqrt(g['size'])
-    )
+    g['half'] = np.fmax(_image_half(DIR, f),
+                        stats.t.ppf(.975, g['size'] - 1) * g['std'] / np.sqrt(g['size']))
     return g[['mean', 'half']]
 
 def _image_half(DIR, f):
@@ -605,9 +418,8 @@ def _image_half(DIR, f):
     i = pd.read_csv(path)
     i['half'] = (i.high - i.low) / 2
     swapped = i[i.metric == 'oIoU'].assign(metric='swapped oIoU')
-    return (
-        pd.concat([i, swapped]).groupby(_key)['half'].mean().reindex(f.groupby(_key).size().index)
-    )
+    return pd.concat([i,
+                      swapped]).groupby(_key)['half'].mean().reindex(f.groupby(_key).size().index)
 
 # %% ../../nbs/evidence/03_tables.ipynb #e03af290
 def compare_reports(
@@ -617,9 +429,8 @@ def compare_reports(
     NaN on the side that lacks it (never beyond). Raises KitError where results.csv is missing."""
     a, b = _numbers_of(A), _numbers_of(B)
     both = a.add_suffix('_a').join(b.add_suffix('_b'), how='outer')
-    out = pd.DataFrame(
-        {'a': both.mean_a, 'b': both.mean_b, 'difference': both.mean_b - both.mean_a}
-    )
+    out = pd.DataFrame({'a': both.mean_a, 'b': both.mean_b,
+                        'difference': both.mean_b - both.mean_a})
     out['interval'] = np.sqrt(both.half_a.fillna(0)**2 + both.half_b.fillna(0)**2)
     out['beyond'] = out.difference.abs() > out.interval
     return out[~(out.difference.abs() < 5e-5)].reset_index()

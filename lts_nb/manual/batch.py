@@ -19,23 +19,12 @@ from ..training.features import CachedFeatures
 from ..training.fit import terminate_as_interrupt
 from ..evidence.experiments import EXTRA, TABLES, run_config
 from ..training.config import describe_config
-from lts_nb.evidence.experiments import (
-    module_closure,
-    module_hashes,
-    preset_of,
-    run_hashes,
-    run_modules,
-    runs_for,
-)
+from ..evidence.experiments import module_closure, module_hashes, preset_of, run_hashes, run_modules, runs_for
 from .throughput import estimate, known_rates
 from ..training.opening import ensure_data, shared_backbone
 
 # %% ../../nbs/manual/03_batch.ipynb #08757bc3
-KIT = (
-    Path(__file__).resolve().parents[2]
-    if '__file__' in globals()
-    else Path.cwd().resolve().parents[1]
-)
+KIT = Path(__file__).resolve().parents[2] if '__file__' in globals() else Path.cwd().resolve().parents[1]
 
 def default_out(
     preset:str, # smoke, cpu, gpu or paper
@@ -71,22 +60,14 @@ def make_plan(
     plain = [r.plain() for r in runs]
     modules = {m: run_modules(m) for m in {r.method for r in runs}}
     return dict(
-        preset=first.preset,
-        tables=list(tables or TABLES),
-        seeds=seeds,
-        out=str(out),
+        preset=first.preset, tables=list(tables or TABLES), seeds=seeds, out=str(out),
         root=str(root),
-        kit=str(KIT),
-        python=sys.executable,
-        runs=plain,
-        recipe=plain[0]['data']['recipe'],
-        pretrain=plain[0]['backbone'] if made_here else None,
-        threads=first.compute.threads,
+        kit=str(KIT), python=sys.executable, runs=plain, recipe=plain[0]['data']['recipe'],
+        pretrain=plain[0]['backbone'] if made_here else None, threads=first.compute.threads,
         gpu=first.compute.device != 'cpu',
         backbone=str(weights[0].relative_to(out)) if made_here else None,
         backbones=[str(w.relative_to(out)) if made_here else str(w) for w in weights],
-        modules=dict(methods=modules, backbone=module_closure('training.pretrain')),
-    )
+        modules=dict(methods=modules, backbone=module_closure('training.pretrain')))
 
 # %% ../../nbs/manual/03_batch.ipynb #91ab4be7
 def _result(out, run):
@@ -177,20 +158,15 @@ def _time_left(seconds, preset, cores, gpu):
     jobs = at_a_time(preset, cores)
     hours = len(seconds)*seconds.mean()/jobs/3600
     unit = 'GPU hours' if gpu else 'hours'
-    return (
-        f'about {hours:.0f} {unit} left, {jobs} at a time'
-        if hours > 3
-        else f'about {60*hours:.0f} minutes left, {jobs} at a time'
-    )
+    return f'about {hours:.0f} {unit} left, {jobs} at a time' if hours > 3 else f'about {60*hours:.0f} minutes left, {jobs} at a time'
 
 def _rates_note(preset, out, rates, todo):
     "On what an estimate rests, where no such run has been timed."
     if not rates or known_seconds(preset, out) or not len(todo): return []
-    return [
-        f"Measured on {rates['device']}: {rates['train']:.3g} sentences a second in training, "
-        f"{rates['score']:.3g} in scoring, {1/rates['feature_s']:.3g} images a second "
-        "in the backbone (LTS); other rows by their operations."
-    ]
+    return [f"Measured on {rates['device']}: {rates['train']:.3g} sentences a second in "
+            f"training, {rates['score']:.3g} in scoring, {1/rates['feature_s']:.3g} images a "
+            f"second "
+            "in the backbone (LTS); other rows by their operations."]
 
 # %% ../../nbs/manual/03_batch.ipynb #cf176bf4
 def describe_plan(
@@ -212,9 +188,8 @@ def describe_plan(
             took = f'{r.seconds:6.0f} s' if r.seconds < 9999 else f'{r.seconds/3600:6.1f} h'
         lines.append(f'{r.state:8} {r.run:40} {took}  {r.why}'.rstrip())
     counts = ', '.join(f'{n} {state}' for state, n in table.state.value_counts().items())
-    missing, rates = missing_inputs(preset, root, tables, pretrain), known_rates(
-        out, committed(preset)
-    )
+    missing, rates = missing_inputs(preset, root, tables, pretrain), known_rates(out,
+                                                            committed(preset))
     gpu = preset_of(preset)['compute']['device'] != 'cpu' and (not rates or rates['gpu'])
     lines.append(f'{counts}; {_time_left(todo.seconds, preset, cores, gpu)}.')
     lines += _rates_note(preset, out, rates, todo)
@@ -261,19 +236,14 @@ def missing_inputs(
                        f'lts data fetch coco-train2014 --only-needed --root {root}')
     weights = shared_backbone(runs[0], root, root)
     if p['backbone']['weights'] == 'shipped' and not pretrain and not weights.exists():
-        out.append(
-            f'the backbone that the kit ships is missing ({weights}): lts reproduce --pretrain '
-            f'makes one'
-        )
+        out.append(f'the backbone that the kit ships is missing ({weights}): lts reproduce '
+                   f'--pretrain makes one')
     if p['recipe'] is None and not weights.exists():
-        out.append(
-            f'the backbone weights are missing ({weights}): lts data fetch darknet --root {root}'
-        )
+        out.append(f'the backbone weights are missing ({weights}): lts data fetch darknet --root '
+                   f'{root}')
     if p['vectors'] and not (root/p['vectors']).exists():
-        out.append(
-            f"the word vectors are missing ({root/p['vectors']}): lts data fetch glove --root "
-            f"{root}"
-        )
+        out.append(f"the word vectors are missing ({root/p['vectors']}): lts data fetch glove "
+                   f"--root {root}")
     return out
 
 # %% ../../nbs/manual/03_batch.ipynb #99b0ce37
@@ -285,37 +255,18 @@ def _open_folder(out):
     except OSError as e: raise disk_error(e, out) from e
     lock = FileLock(out/'.lock')
     try: lock.acquire(timeout=0)
-    except Timeout: print(f'Another `lts` is at work in {out}; waiting for '
-                          f'it.', flush=True); lock.acquire()
+    except Timeout:
+        print(f'Another `lts` is at work in {out}; waiting for it.', flush=True); lock.acquire()
     for f in out.rglob('.*.part'):  # what a killed process was about to put in its place
         if re.fullmatch(r'\..+\.\w{8}\.part', f.name): f.unlink(missing_ok=True)
     return lock
 
 # %% ../../nbs/manual/03_batch.ipynb #708fadc5
 def _command(out, cores, *config):
-    return [
-        sys.executable,
-        '-m',
-        'snakemake',
-        '-s',
-        str(KIT / 'workflow' / 'Snakefile'),
-        '--directory',
-        str(out),
-        '--config',
-        f'plan={out}/plan.json',
-        *config,
-        '--cores',
-        str(cores),
-        '--resources',
-        'gpu=1',
-        '--keep-going',
-        '--rerun-incomplete',
-        '--nolock',
-        '--scheduler',
-        'greedy',
-        '--quiet',
-        'rules',
-    ]
+    return [sys.executable, '-m', 'snakemake', '-s', str(KIT/'workflow'/'Snakefile'), '--directory',
+            str(out), '--config', f'plan={out}/plan.json', *config,
+            '--cores', str(cores), '--resources', 'gpu=1', '--keep-going', '--rerun-incomplete',
+            '--nolock', '--scheduler', 'greedy', '--quiet', 'rules']
 
 # %% ../../nbs/manual/03_batch.ipynb #93d3fe98
 def _snakemake(out, plan, runs, cores):
@@ -324,13 +275,8 @@ def _snakemake(out, plan, runs, cores):
     results = {r.run: out/'runs'/r.run/'result.json' for r in runs}
     todo = {r.run: known[r.run] for r in runs if run_state(r, out, run_hashes(r))[0] != 'done'}
     with open(out/'snakemake.log', 'w') as log:
-        process = subprocess.Popen(
-            _command(out, cores, 'tied=1'),
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = subprocess.Popen(_command(out, cores, 'tied=1'), stdin=subprocess.PIPE,
+                                   stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             with terminate_as_interrupt():
                 _watch(process, results, begun, out, todo, at_a_time(plan['preset'], cores))
@@ -366,23 +312,14 @@ def _watch(process, results, begun, out, todo, jobs):
             stage = _stage(out, begun)
             if stage and stage not in _SHARED.values(): first = first or time.time()
             if time.time() - shown > every:
-                took = {
-                    r: _result(out, r)['seconds']['total']
-                    for r in todo
-                    if results[r].exists() and results[r].stat().st_mtime >= begun
-                }
-                left, shown = (
-                    seconds_left(todo, took, time.time() - first if first else 0.0, jobs),
-                    time.time(),
-                )
-                bar.set_postfix_str(
-                    ', '.join(
-                        filter(
-                            None, ['' if left is None else f'about {left/60:.0f} min left', stage]
-                        )
-                    ),
-                    refresh=False,
-                )
+                took = {r: _result(out, r)['seconds']['total'] for r in todo if results[r].exists()
+                        and results[r].stat().st_mtime >= begun}
+                left, shown = seconds_left(todo, took, time.time() - first if first else 0.,
+                                           jobs), time.time()
+                bar.set_postfix_str(', '.join(filter(None,
+                                                     ['' if left is None
+                                                      else f'about {left/60:.0f} min left',
+                                                      stage])), refresh=False)
                 bar.n = len(results) - len(todo) + len(took); bar.refresh()
             time.sleep(.5)
         bar.n = sum(f.exists() for f in results.values()); bar.refresh()
@@ -393,11 +330,8 @@ _SHARED = {'data': 'making data', 'pretrain': 'pretraining'}
 # %% ../../nbs/manual/03_batch.ipynb #352ece8d
 def _stage(out, begun):
     "What is being made at present, from the newest logs."
-    logs = [
-        f
-        for f in [*out.glob('shared/*.log'), *out.glob('runs/*/log.txt')]
-        if f.stat().st_mtime >= begun
-    ]
+    logs = [f for f in [*out.glob('shared/*.log'), *out.glob('runs/*/log.txt')]
+            if f.stat().st_mtime >= begun]
     busy = [f for f in logs if f.name != 'log.txt' or not (f.parent/'result.json').exists()]
     runs = sorted(f.parent.name for f in busy if f.name == 'log.txt')
     if runs: return ', '.join(runs[:3])
@@ -423,10 +357,8 @@ def _last_error(notebook, log):
 def _say_failures(out, failed, shared):
     "Name every run that failed and where to look."
     for run in failed:
-        print(
-            f"FAILED {run}: {failure_of(out, run)}\n       see {out/'runs'/run/'train.ipynb'}",
-            flush=True,
-        )
+        print(f"FAILED {run}: {failure_of(out, run)}\n       see {out/'runs'/run/'train.ipynb'}",
+              flush=True)
     if shared: print(f'FAILED before any run: see {shared}', flush=True)
 
 # %% ../../nbs/manual/03_batch.ipynb #45f5cb39
@@ -465,10 +397,8 @@ def reproduce(
     pretrain:bool=False, # make the backbone here, even where the kit ships one
 )->int: # exit status: 0, or 1 where a run failed
     "Bring all runs of some tables up to date and write their report."
-    out, root = (
-        Path(out or default_out(preset)).resolve(),
-        Path(root or default_root(preset)).resolve(),
-    )
+    out, root = Path(out or default_out(preset)).resolve(), Path(root
+                                                            or default_root(preset)).resolve()
     runs = runs_for(preset, tables, seeds, pretrain)
     if missing := missing_inputs(preset, root, tables, pretrain):
         raise KitError('the preset needs what is not there: ' + '; '.join(missing),
@@ -491,21 +421,10 @@ def reproduce(
 # %% ../../nbs/manual/03_batch.ipynb #7b5739cf
 def _report_key(plan, out):
     "What decides a report: its results, its code, its plan."
-    results = {
-        r['run']: (out / 'runs' / r['run'] / 'result.json').stat().st_mtime_ns
-        for r in plan['runs']
-        if (out / 'runs' / r['run'] / 'result.json').exists()
-    }
-    return json.loads(
-        json.dumps(
-            dict(
-                results=results,
-                modules=module_hashes('evidence.report'),
-                tables=plan['tables'],
-                seeds=plan['seeds'],
-            )
-        )
-    )
+    results = {r['run']: (out/'runs'/r['run']/'result.json').stat().st_mtime_ns
+               for r in plan['runs'] if (out/'runs'/r['run']/'result.json').exists()}
+    return json.loads(json.dumps(dict(results=results, modules=module_hashes('evidence.report'),
+                                      tables=plan['tables'], seeds=plan['seeds'])))
 
 # %% ../../nbs/manual/03_batch.ipynb #3f350cc9
 def make_report(
@@ -519,35 +438,17 @@ def make_report(
     key = _report_key(plan, out)
     if stamp.exists() and (out/'index.html').exists() and json.loads(stamp.read_text()) == key:
         return ''
-    command = [
-        sys.executable,
-        '-m',
-        'papermill',
-        str(KIT / 'nbs' / 'runs' / 'report.ipynb'),
-        str(out / 'report.ipynb'),
-        '--cwd',
-        str(KIT / 'nbs' / 'runs'),
-        '-k',
-        'python3',
-        '--no-progress-bar',
-        '-p',
-        'out',
-        str(out),
-        '-p',
-        'preset',
-        plan['preset'],
-        '-y',
-        json.dumps(dict(tables=plan['tables'], failed=list(failed))),
-    ]
+    command = [sys.executable, '-m', 'papermill', str(KIT/'nbs'/'runs'/'report.ipynb'),
+               str(out/'report.ipynb'), '--cwd', str(KIT/'nbs'/'runs'), '-k', 'python3',
+               '--no-progress-bar', '-p', 'out', str(out), '-p', 'preset', plan['preset'], '-y',
+               json.dumps(dict(tables=plan['tables'], failed=list(failed)))]
     with open(out/'report.log', 'w') as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if status:
-        raise KitError(
-            f"the report could not be made "
-            f"({_last_error(out/'report.ipynb', out/'report.log')}); the runs are kept",
-            out / 'report.ipynb',
-            'Read that notebook, then run the same command again',
-        )
+        raise KitError(f"the report could not be made "
+                       f"({_last_error(out/'report.ipynb', out/'report.log')}); the runs are "
+                       f"kept", out/'report.ipynb', 'Read that notebook, then run the same '
+                                                    'command again')
     write_text(stamp, json.dumps(key))
     try: return print_pdf(out)
     except KitError as e: return str(e)
@@ -560,10 +461,8 @@ def _say_where(out, preset):
     if (theirs/'results.csv').exists() and theirs.resolve() != out:
         differs = compare_reports(theirs, out)
         beyond = differs[differs.beyond] if len(differs) else differs
-        print(
-            f'{len(beyond)} of the numbers differ from {theirs} beyond their intervals (lts '
-            f'compare {theirs} {out}).'
-        )
+        print(f'{len(beyond)} of the numbers differ from {theirs} beyond their intervals (lts '
+              f'compare {theirs} {out}).')
         if len(beyond): print(beyond.head(12).to_string(index=False))
     print(f'The report: {out/"index.html"}', flush=True)
 

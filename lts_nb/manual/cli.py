@@ -15,101 +15,61 @@ import typer
 from ..errors import KitError, disk_error
 
 # %% ../../nbs/manual/05_cli.ipynb #f117f5c7
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help='Locate then Segment, reproduced: data, runs, tables and predictions.',
-)
-data_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help='Make and check data sets.'
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  rich_markup_mode=None,
+                  help='Locate then Segment, reproduced: data, runs, tables and predictions.')
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None,
+                       help='Make and check data sets.')
 app.add_typer(data_app, name='data')
 
 Preset = Annotated[str, typer.Option(help='How large: smoke, cpu, gpu or paper.')]
-Tables = Annotated[
-    Optional[list[str]],
-    typer.Option(
-        '--table', help='A table of the paper; may be given several times. All where not given.'
-    ),
-]
+Tables = Annotated[Optional[list[str]],
+                   typer.Option('--table',
+                                help='A table of the paper; may be given several times. All '
+                                     'where not given.')]
 Seeds = Annotated[int, typer.Option(min=1, help='Runs of each row, with seeds 0, 1, …')]
-Cores = Annotated[
-    Optional[int], typer.Option(min=1, help='Processors to use; all where not given.')
-]
-Out = Annotated[
-    Optional[Path],
-    typer.Option(help="The report's folder; out/<preset> in the clone where not given."),
-]
-Root = Annotated[
-    Optional[Path],
-    typer.Option(help="The data's folder; below data/ in the clone where not given."),
-]
-Pretrain = Annotated[
-    bool, typer.Option('--pretrain', help='Make the backbone anew, even where the kit ships one.')
-]
-Data = Annotated[
-    Path,
-    typer.Option(
-        '--root', help='Folder that holds the data sets, as the REFER release lays them out.'
-    ),
-]
-By = Annotated[
-    Optional[str],
-    typer.Option(help='Partition: unc, umd or google; the usual one where not given.'),
-]
+Cores = Annotated[Optional[int],
+                  typer.Option(min=1, help='Processors to use; all where not given.')]
+Out = Annotated[Optional[Path],
+                typer.Option(help="The report's folder; out/<preset> in the clone where not "
+                                  "given.")]
+Root = Annotated[Optional[Path],
+                 typer.Option(help="The data's folder; below data/ in the clone where not given.")]
+Pretrain = Annotated[bool,
+                     typer.Option('--pretrain',
+                                  help='Make the backbone anew, even where the kit ships one.')]
+Data = Annotated[Path,
+                 typer.Option('--root',
+                              help='Folder that holds the data sets, as the REFER release lays '
+                                   'them out.')]
+By = Annotated[Optional[str],
+               typer.Option(help='Partition: unc, umd or google; the usual one where not given.')]
 
 # %% ../../nbs/manual/05_cli.ipynb #391461cf
 @app.command()
-def reproduce(
-    preset: Preset = 'cpu',
-    table: Tables = None,
-    seeds: Seeds = 1,
-    cores: Cores = None,
-    out: Out = None,
-    root: Root = None,
-    pretrain: Pretrain = False,
-):
+def reproduce(preset:Preset='cpu', table:Tables=None, seeds:Seeds=1, cores:Cores=None, out:Out=None,
+              root:Root=None, pretrain:Pretrain=False):
     """Make tables, figures and the report.
     Every run that the tables need is brought up to date first."""
     from lts_nb.manual.batch import reproduce
-
     raise typer.Exit(reproduce(preset, table, seeds, cores, out, root, pretrain))
 
-Measure = Annotated[
-    bool,
-    typer.Option(
-        '--measure',
-        help="First time a few steps on this machine (minutes), and keep the rates in the "
-             "report's folder.",
-    ),
-]
-Show = Annotated[
-    Optional[str], typer.Option(metavar='RUN', help="Print a run's configuration and nothing else.")
-]
+Measure = Annotated[bool, typer.Option('--measure',
+    help="First time a few steps on this machine (minutes), and keep the rates in the report's "
+         "folder.")]
+Show = Annotated[Optional[str],
+                 typer.Option(metavar='RUN', help="Print a run's configuration and nothing else.")]
 
 @app.command()
-def plan(
-    preset: Preset = 'cpu',
-    table: Tables = None,
-    seeds: Seeds = 1,
-    cores: Cores = None,
-    out: Out = None,
-    root: Root = None,
-    pretrain: Pretrain = False,
-    measured: Measure = False,
-    show: Show = None,
-):
+def plan(preset:Preset='cpu', table:Tables=None, seeds:Seeds=1, cores:Cores=None, out:Out=None,
+         root:Root=None,
+         pretrain:Pretrain=False, measured:Measure=False, show:Show=None):
     """Show each run, its state and the time left, and what is missing with the command that gets
     it. Runs nothing."""
     from lts_nb.manual.batch import default_out, describe_plan, describe_run
-
-    if show:
-        return typer.echo(describe_run(show, preset, table, seeds, pretrain))
+    if show: return typer.echo(describe_run(show, preset, table, seeds, pretrain))
     if measured:
         from lts_nb.manual.throughput import keep_rates, measure
-
         keep_rates(out or default_out(preset), measure(preset))
     typer.echo(describe_plan(preset, table, seeds, cores, out, root, pretrain))
 
@@ -129,220 +89,153 @@ def report(preset:Preset='cpu', table:Tables=None, out:Out=None):
 
 # %% ../../nbs/manual/05_cli.ipynb #33f4a48d
 @app.command()
-def compare(
-    a: Annotated[Path, typer.Argument(help='A report, e.g. reports/cpu')],
-    b: Annotated[Path, typer.Argument(help='Another report')],
-):
+def compare(a:Annotated[Path, typer.Argument(help='A report, e.g. reports/cpu')],
+            b:Annotated[Path, typer.Argument(help='Another report')]):
     "Show in which numbers two reports differ. Also whether by more than their interval."
     from lts_nb.evidence.tables import compare_reports
-
     differs = compare_reports(a, b)
-    if not len(differs):
-        typer.echo('The reports agree in every number.')
+    if not len(differs): typer.echo('The reports agree in every number.')
     else:
-        typer.echo(
-            differs.to_string(index=False)
-            + f'\n{int(differs.beyond.sum())} of {len(differs)} differ by more than their interval.'
-        )
+        typer.echo(differs.to_string(index=False)
+                   + f'\n{int(differs.beyond.sum())} of {len(differs)} differ by more than their '
+                     f'interval.')
 
 # %% ../../nbs/manual/05_cli.ipynb #ac6ed97d
 @data_app.command('make')
-def data_make(
-    name: Annotated[str, typer.Argument(help='refshapes, refshapes+ or refshapesg')],
-    root: Root = None,
-    preset: Preset = 'cpu',
-    seed: Annotated[Optional[int], typer.Option(help="Another seed than the preset's.")] = None,
-):
+def data_make(name:Annotated[str, typer.Argument(help='refshapes, refshapes+ or refshapesg')],
+              root:Root=None, preset:Preset='cpu',
+              seed:Annotated[Optional[int],
+                             typer.Option(help="Another seed than the preset's.")]=None):
     "Write an embedded data set. The three share their images and are written together."
     from dataclasses import replace
     from lts_nb.manual.batch import default_root
     from lts_nb.errors import unknown_name
     from lts_nb.evidence.experiments import run_config
     from lts_nb.data.shapes import FAMILY, make_family
-
-    if name not in FAMILY:
-        raise unknown_name('data set that can be made', name, FAMILY)
+    if name not in FAMILY: raise unknown_name('data set that can be made', name, FAMILY)
     recipe = run_config('lts', 'refcoco', preset).data.recipe
     if recipe is None:
-        raise KitError(
-            f'the preset {preset!r} uses published data, which cannot be made',
-            mend='Choose --preset smoke, cpu or gpu',
-        )
-    prints = make_family(
-        root or default_root(preset),
-        recipe if seed is None else replace(recipe, seed=seed),
-        os.cpu_count() or 1,
-    )
+        raise KitError(f'the preset {preset!r} uses published data, which cannot be made',
+                       mend='Choose --preset smoke, cpu or gpu')
+    prints = make_family(root or default_root(preset),
+                         recipe if seed is None else replace(recipe, seed=seed),
+                         os.cpu_count() or 1)
     for each, print_ in prints.items():
         typer.echo(f'{each:12} fingerprint {print_}  {root or default_root(preset)}')
 
 # %% ../../nbs/manual/05_cli.ipynb #65566d7a
 @data_app.command('fetch')
-def data_fetch(
-    names: Annotated[
-        list[str],
-        typer.Argument(
-            help='refcoco, refcoco+, refcocog, coco-train2014, glove, glove-6b, glove-50d, darknet'
-        ),
-    ],
-    root: Data = Path('data'),
-    path: Annotated[
-        Optional[Path],
-        typer.Option('--from', help='A file you already have; it is verified, and not changed.'),
-    ] = None,
-    url: Annotated[
-        Optional[list[str]],
-        typer.Option(help='A further source, tried first; may be given several times.'),
-    ] = None,
-    only_needed: Annotated[
-        bool, typer.Option(help='Of the photographs keep those that the sets in the folder use.')
-    ] = False,
-):
+def data_fetch(names:Annotated[list[str],
+                               typer.Argument(help='refcoco, refcoco+, refcocog, coco-train2014, '
+                                                   'glove, glove-6b, glove-50d, '
+                                                   'darknet')], root:Data=Path('data'),
+               path:Annotated[Optional[Path],
+                              typer.Option('--from',
+                                           help='A file you already have; it is verified, and '
+                                                'not changed.')]=None,
+               url:Annotated[Optional[list[str]],
+                             typer.Option(help='A further source, tried first; may be given '
+                                               'several times.')]=None,
+               only_needed:Annotated[bool,
+                                     typer.Option(help='Of the photographs keep those that the '
+                                                       'sets in the folder use.')]=False):
     """Get data sets, photographs, vectors or weights.
     Verified before they are unpacked; goes on where it stopped."""
     from lts_nb.data.fetch import download_of, fetch
-
-    if path and len(names) > 1:
-        raise KitError('--from is one file, for one name', path, 'Name one')
-    for name in names:
-        name == 'glove-50d' or download_of(name)
+    if path and len(names) > 1: raise KitError('--from is one file, for one name', path, 'Name one')
+    for name in names: name == 'glove-50d' or download_of(name)
     for name in names:
         files = fetch(name, root, path, url or (), only_needed)
         typer.echo(f'{name}: {len(files)} file{"s"*(len(files) != 1)} in {files[0].parent}')
 
 # %% ../../nbs/manual/05_cli.ipynb #b40b6390
 @data_app.command('leakage')
-def data_leakage(
-    names: Annotated[
-        list[str],
-        typer.Argument(help='The sets that will be evaluated: refcoco, refcoco+, refcocog …'),
-    ],
-    root: Data = Path('data'),
-    trained_on: Annotated[
-        Optional[Path],
-        typer.Option(
-            help="A backbone's own list of training images: an id or a COCO file name a line."
-        ),
-    ] = None,
-):
+def data_leakage(names:Annotated[list[str],
+                                 typer.Argument(help='The sets that will be evaluated: refcoco, '
+                                                     'refcoco+, refcocog '
+                                                     '…')], root:Data=Path('data'),
+                 trained_on:Annotated[Optional[Path],
+                                      typer.Option(help="A backbone's own list of training "
+                                                        "images: an id or a COCO file name a "
+                                                        "line.")]=None):
     """Write the ids of all images that a backbone must not have seen, or check a backbone's list;
     exit status 1 where it has."""
     from lts_nb.data.fetch import check_backbone, excluded_images
     from lts_nb.data.refer import Refer
-
     excluded = excluded_images([Refer(root, n) for n in names])
-    if trained_on is None:
-        typer.echo('\n'.join(map(str, excluded)))
+    if trained_on is None: typer.echo('\n'.join(map(str, excluded)))
     elif seen := check_backbone(excluded, trained_on):
-        typer.echo(
-            f'PROBLEM: {len(seen)} of the {len(excluded)} evaluation images are in {trained_on}: '
-            f'{", ".join(map(str, seen[:5]))} …',
-            err=True,
-        )
+        typer.echo(f'PROBLEM: {len(seen)} of the {len(excluded)} evaluation images are in '
+                   f'{trained_on}: {", ".join(map(str, seen[:5]))} …', err=True)
         raise typer.Exit(1)
-    else:
-        typer.echo(f'None of the {len(excluded)} evaluation images is in {trained_on}.')
+    else: typer.echo(f'None of the {len(excluded)} evaluation images is in {trained_on}.')
 
 # %% ../../nbs/manual/05_cli.ipynb #7854db76
 @data_app.command('check')
-def data_check(
-    name: Annotated[str, typer.Argument(help='refcoco, refcoco+, refcocog, refshapes …')],
-    root: Data,
-    by: By = None,
-):
+def data_check(name:Annotated[str, typer.Argument(help='refcoco, refcoco+, refcocog, refshapes …')],
+               root:Data, by:By=None):
     """Verify a data set and show its statistics.
     The published counts stand beside ours; exit status 1 where something is wrong."""
     from lts_nb.data.refer import Refer, check_dataset
-
     table, problems = check_dataset(Refer(root, name, by))
     typer.echo(table.to_string())
-    for note in table.attrs.get('notes', []):
-        typer.echo(f'note: {note}')
-    for problem in problems:
-        typer.echo(f'PROBLEM: {problem}', err=True)
+    for note in table.attrs.get('notes', []): typer.echo(f'note: {note}')
+    for problem in problems: typer.echo(f'PROBLEM: {problem}', err=True)
     typer.echo(f'{len(problems)} problem{"s"*(len(problems) != 1)}.')
     raise typer.Exit(1 if problems else 0)
 
 # %% ../../nbs/manual/05_cli.ipynb #340a85fd
 @app.command()
-def evaluate(
-    run: Annotated[Path, typer.Option(help="A run's folder: DIR/runs/<run>")],
-    dataset: Annotated[str, typer.Option()],
-    split: Annotated[str, typer.Option()],
-    root: Data,
-    by: By = None,
-    predictions: Annotated[
-        Optional[Path], typer.Option(help='Write the masks here as COCO RLE.')
-    ] = None,
-):
+def evaluate(run:Annotated[Path, typer.Option(help="A run's folder: DIR/runs/<run>")],
+             dataset:Annotated[str, typer.Option()], split:Annotated[str, typer.Option()],
+             root:Data, by:By=None,
+             predictions:Annotated[Optional[Path],
+                                   typer.Option(help='Write the masks here as COCO RLE.')]=None):
     "Metrics of a trained run on any REFER data set."
     from lts_nb.manual.predict import evaluate_run
-
     typer.echo(_metrics(evaluate_run(run, root, dataset, split, by, predictions)))
 
 # %% ../../nbs/manual/05_cli.ipynb #461263e2
 @app.command()
-def score(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            help='Predictions: [{"sent_id": …, "segmentation": {"size": [h, w], "counts": …}}, …]'
-        ),
-    ],
-    dataset: Annotated[str, typer.Option()],
-    split: Annotated[str, typer.Option()],
-    root: Data,
-    by: By = None,
-    as_json: Annotated[bool, typer.Option('--json', help='Print one JSON object.')] = False,
-):
+def score(file:Annotated[Path,
+                         typer.Argument(help='Predictions: [{"sent_id": …, "segmentation": '
+                                             '{"size": [h, w], "counts": …}}, …]')],
+          dataset:Annotated[str, typer.Option()], split:Annotated[str, typer.Option()], root:Data,
+          by:By=None,
+          as_json:Annotated[bool, typer.Option('--json', help='Print one JSON object.')]=False):
     "Score a predictions file from any model."
     from lts_nb.training.metrics import score_predictions
     from lts_nb.data.refer import Refer
-
     metrics = score_predictions(file, Refer(root, dataset, by), split)
     typer.echo(json.dumps(metrics) if as_json else _metrics(metrics))
 
 # %% ../../nbs/manual/05_cli.ipynb #062dc6e5
 def _metrics(metrics):
-    return '\n'.join(
-        f'{k:9} {"–" if v is None else v if k == "n" else f"{v:.2f}"}' for k, v in metrics.items()
-    )
+    return '\n'.join(f'{k:9} {"–" if v is None else v if k == "n" else f"{v:.2f}"}' for k,
+                     v in metrics.items())
 
 # %% ../../nbs/manual/05_cli.ipynb #d645912d
-RunFolder = Annotated[
-    Optional[Path],
-    typer.Option(
-        '--run',
-        help="A run's folder: DIR/runs/<run>. Where not given, the model that the kit ships.",
-    ),
-]
+RunFolder = Annotated[Optional[Path], typer.Option('--run',
+    help="A run's folder: DIR/runs/<run>. Where not given, the model that the kit ships.")]
 
 @app.command()
-def predict(
-    image: Annotated[Path, typer.Option(help='A picture in any usual format.')],
-    expression: Annotated[
-        str, typer.Option(help='What to find: "the small red ball on the left".')
-    ],
-    out: Annotated[
-        Path, typer.Option(help='The mask, a .png; an overlay and the prior are written beside it.')
-    ],
-    run: RunFolder = None,
-    root: Root = None,
-):
+def predict(image:Annotated[Path, typer.Option(help='A picture in any usual format.')],
+            expression:Annotated[str,
+                                 typer.Option(help='What to find: "the small red ball on the '
+                                                   'left".')],
+            out:Annotated[Path,
+                          typer.Option(help='The mask, a .png; an overlay and the prior are '
+                                            'written beside it.')],
+            run:RunFolder=None, root:Root=None):
     "Segment what a sentence means in a picture."
     from lts_nb.manual.predict import load_run, predict_file, reading_notes
-
     opened = load_run(run, root)
-    for f in predict_file(opened, image, expression, out):
-        typer.echo(str(f))
+    for f in predict_file(opened, image, expression, out): typer.echo(str(f))
     if run is None:
-        typer.echo(
-            'note: This is the model that the kit ships (models/cpu/README.md says what it knows): '
-            'it has seen RefShapes and no photograph.',
-            err=True,
-        )
-    for note in reading_notes(opened, expression):
-        typer.echo(f'note: {note}', err=True)
+        typer.echo('note: This is the model that the kit ships (models/cpu/README.md says what '
+                   'it knows): '
+                   'it has seen RefShapes and no photograph.', err=True)
+    for note in reading_notes(opened, expression): typer.echo(f'note: {note}', err=True)
 
 # %% ../../nbs/manual/05_cli.ipynb #418e65f3
 @app.callback(invoke_without_command=True)

@@ -50,22 +50,18 @@ def _result(folder):
         raise KitError('the result of the run has no configuration', path, mend)
     try: config = RunConfig.read(result['config'], path, mend)
     except KitError as e:
-        raise KitError(
-            f'no model of this kit has such a configuration: {e.what}', path, mend
-        ) from e
+        raise KitError(f'no model of this kit has such a configuration: {e.what}', path,
+                       mend) from e
     return result, config
 
 # %% ../../nbs/manual/04_predict.ipynb #2a67e8aa
 def _load_weights(model, folder):
     "Fill a model from a run's weights, read as data."
     shipped, checkpoint = folder/'model.safetensors', folder/'checkpoint.pt'
-    path, mend = (
-        shipped if shipped.exists() else checkpoint
-    ), "Delete the run's folder and run lts reproduce again"
+    path, mend = shipped if shipped.exists() else checkpoint, "Delete the run's folder and run lts reproduce again"
     try:
-        model.load_state_dict(
-            load_file(path) if path == shipped else read_checkpoint(path)['model']
-        )
+        model.load_state_dict(load_file(path) if path == shipped
+                              else read_checkpoint(path)['model'])
     except KitError: raise
     except FileNotFoundError as e:
         raise KitError('the checkpoint of the run is not there', path, mend) from e
@@ -93,18 +89,11 @@ def load_run(
         frozen, tail, channels = open_backbone(config, weights)
         model = build_model(config, vocab, channels, tail)
         _load_weights(model, folder)
-        return SimpleNamespace(
-            config=config,
-            method=method_of(config.method),
-            vocab=vocab,
-            model=model.to(device).eval(),
-            backbone=frozen.to(device),
-            size=config.data.size,
-            stretch=config.data.stretch,
-            result=result,
-            folder=folder,
-            device=device,
-        )
+        return SimpleNamespace(config=config, method=method_of(config.method), vocab=vocab,
+                               model=model.to(device).eval(), backbone=frozen.to(device),
+                               size=config.data.size,
+                               stretch=config.data.stretch, result=result, folder=folder,
+                               device=device)
     except KitError: raise
     except Exception as e:  # what an impossible configuration makes of torch cannot be listed
         said = f'{type(e).__name__}: {str(e)[:200]}'
@@ -134,9 +123,8 @@ def unknown_words(
     expression:str,  # a referring expression
 )->list: # words of the expression that training never met, each once
     "Which words of a sentence the run does not know."
-    return list(
-        dict.fromkeys(w for w in tokenize(expression) if run.vocab.index.get(w, UNK) == UNK)
-    )
+    return list(dict.fromkeys(w for w in tokenize(expression)
+                              if run.vocab.index.get(w, UNK) == UNK))
 
 # %% ../../nbs/manual/04_predict.ipynb #c0de3b6d
 def reading_notes(
@@ -166,11 +154,8 @@ def read_picture(
     pixels = read_image(path)
     with PILImage.open(path) as im:
         if im.mode in ('I', 'F'):
-            raise KitError(
-                'the picture has 32-bit pixels, whose white is unknown',
-                path,
-                'Save it with 8 bits a channel',
-            )
+            raise KitError('the picture has 32-bit pixels, whose white is unknown', path,
+                           'Save it with 8 bits a channel')
         if im.mode.startswith('I;16'):
             grey = (np.asarray(im) >> 8).astype(np.uint8)
             pixels = np.repeat(grey[..., None], 3, 2)
@@ -185,9 +170,8 @@ def overlay(
     mask:np.ndarray,  # (H, W) bool
 )->np.ndarray:        # (H, W, 3) uint8
     "The mask in red over the picture."
-    return np.where(mask[..., None], image * 0.45 + np.array([255, 50, 90]) * 0.55, image).astype(
-        np.uint8
-    )
+    return np.where(mask[..., None], image*.45 + np.array([255, 50, 90])*.55,
+                    image).astype(np.uint8)
 
 # %% ../../nbs/manual/04_predict.ipynb #9190e131
 def heat(
@@ -217,13 +201,11 @@ def predict_file(
         raise KitError('the mask is written as a PNG', out, 'Give --out a name that ends in .png')
     files = [out, out.with_name(f'{out.stem}-overlay.png'), out.with_name(f'{out.stem}-prior.png')]
     if Path(image_path).resolve() in [f.resolve() for f in files]:
-        raise KitError(
-            'the mask would be written over the picture', image_path, 'Give --out another name'
-        )
+        raise KitError('the mask would be written over the picture', image_path,
+                       'Give --out another name')
     image = read_picture(image_path)
-    mask, prior = predict(
-        run if isinstance(run, SimpleNamespace) else load_run(run, root), image, expression
-    )
+    mask, prior = predict(run if isinstance(run, SimpleNamespace) else load_run(run, root), image,
+                          expression)
     pictures = [mask.astype(np.uint8)*255, overlay(image, mask)]
     if prior is not None: pictures.append(heat(image, prior))
     for f, pixels in zip(files, pictures): _save(f, pixels)
@@ -237,11 +219,8 @@ def _check_writable(path):
         tempfile.TemporaryFile(dir=Path(path).parent).close()
     except OSError as e: raise disk_error(e, Path(path).parent) from e
     if Path(path).is_dir():
-        raise KitError(
-            'the predictions would be written over a folder',
-            path,
-            'Give --predictions the name of a file',
-        )
+        raise KitError('the predictions would be written over a folder', path,
+                       'Give --predictions the name of a file')
 
 # %% ../../nbs/manual/04_predict.ipynb #da686cfd
 def evaluate_run(
@@ -255,9 +234,8 @@ def evaluate_run(
     """Metrics of a trained run on a split of any REFER data set.
     KitError where the run, the data or the place for the masks is not right."""
     refer, run = Refer(root, dataset, by), load_run(folder, root)
-    samples = Samples(
-        refer, split, run.vocab, run.config.data.max_len, run.size, stretch=run.stretch
-    )
+    samples = Samples(refer, split, run.vocab, run.config.data.max_len, run.size,
+                      stretch=run.stretch)
     source = LiveFeatures(refer, run.backbone, run.size, run.device, run.stretch)
     if predictions: _check_writable(predictions)
     masks = []

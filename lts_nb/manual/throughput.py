@@ -26,19 +26,14 @@ from ..training.train import train_model
 # %% ../../nbs/manual/02_throughput.ipynb #a36f4649
 def _counted(refer):
     "What a data set holds: objects to train on, sentences a split, images."
-    return dict(
-        refs=len(refer.refs_of('train')) if 'train' in refer.splits() else 0,
-        images=len({r.image_id for r in refer.refs.values()}),
-        sentences={s: len(refer.sentences_of(s)) for s in refer.splits()},
-    )
+    return dict(refs=len(refer.refs_of('train')) if 'train' in refer.splits() else 0,
+                images=len({r.image_id for r in refer.refs.values()}),
+                sentences={s: len(refer.sentences_of(s)) for s in refer.splits()})
 
 def _published(counts):
     "The same from the published counts."
-    return dict(
-        refs=counts['train']['refs'],
-        images=counts['all']['images'],
-        sentences={s: c['sentences'] for s, c in counts.items() if 'sentences' in c},
-    )
+    return dict(refs=counts['train']['refs'], images=counts['all']['images'],
+                sentences={s: c['sentences'] for s, c in counts.items() if 'sentences' in c})
 
 # %% ../../nbs/manual/02_throughput.ipynb #10dc5944
 def work_of(
@@ -84,9 +79,8 @@ def _training_rate(run, seconds):
     def steps(n):
         t = run.config.train.replace(epoch_refs=n*run.config.train.batch, epochs=1)
         began = time.perf_counter()
-        done = train_model(
-            run.model, run.samples('train'), run.source, run.config.replace(train=t), run.acc
-        )[0]['samples']
+        done = train_model(run.model, run.samples('train'), run.source, run.config.replace(train=t),
+                           run.acc)[0]['samples']
         return done, time.perf_counter() - began
     steps(1)
     done, took = steps(1)
@@ -98,17 +92,9 @@ def _scoring_rate(run):
     "Sentences a second in scoring, at the original size."
     samples, c = run.samples('val'), run.config.compute
     began = time.perf_counter()
-    evaluate(
-        run.model,
-        samples,
-        run.source,
-        run.method,
-        run.config.model,
-        run.acc.device,
-        c.score_batch,
-        c.workers,
-        progress=False,
-    )
+    evaluate(run.model, samples, run.source, run.method, run.config.model, run.acc.device,
+             c.score_batch, c.workers,
+             progress=False)
     return len(samples)/(time.perf_counter() - began)
 
 # %% ../../nbs/manual/02_throughput.ipynb #19d17a20
@@ -139,24 +125,15 @@ def measure(
     with tempfile.TemporaryDirectory(prefix='lts-measure-') as folder:
         run = _open(config, Path(folder)/'data', Path(folder)/'out')
         feature_s, image_mb = _feature_seconds(run, Path(folder)/'features')
-        rates = dict(
-            feature_s=feature_s,
-            image_mb=image_mb,
-            train=_training_rate(run, seconds),
-            score=_scoring_rate(run),
-        )
+        rates = dict(feature_s=feature_s, image_mb=image_mb, train=_training_rate(run, seconds),
+                     score=_scoring_rate(run))
         here = environment()
-        return dict(
-            preset=preset,
-            size=config.data.size,
-            precision=run.acc.mixed_precision,
-            torch=here['versions']['torch'],
-            device=here['hardware']['gpu'] or here['hardware']['cpu'],
-            gpu=run.acc.device.type == 'cuda',
-            threads=here['hardware']['threads'],
-            **{k: round(v, 5) for k, v in rates.items()},
-            gflops=_operations(preset, run.vocab, run.acc.device)
-        )
+        return dict(preset=preset, size=config.data.size, precision=run.acc.mixed_precision,
+                    torch=here['versions']['torch'],
+                    device=here['hardware']['gpu'] or here['hardware']['cpu'],
+                    gpu=run.acc.device.type == 'cuda', threads=here['hardware']['threads'],
+                    **{k: round(v, 5) for k, v in rates.items()},
+                    gflops=_operations(preset, run.vocab, run.acc.device))
 
 # %% ../../nbs/manual/02_throughput.ipynb #8f12120e
 def _seconds(c, work, rates, features_stand):
@@ -175,11 +152,8 @@ def estimate(
     root,         # the data's folder
 )->dict:          # {run: seconds}; a run of which too little is known is left out
     "How long runs will take on the machine that was measured."
-    out, seen, work = (
-        {},
-        set(),
-        {name: work_of(name, root) for name in {c.dataset for c in configs}},
-    )
+    out, seen, work = {}, set(), {name: work_of(name, root)
+                                  for name in {c.dataset for c in configs}}
     for c in configs:
         if work[c.dataset] is None or c.experiment not in rates['gflops']: continue
         key = c.dataset, c.data.size
@@ -196,20 +170,12 @@ def keep_rates(
 
 _positive, _text = {'type': 'number', 'exclusiveMinimum': 0, 'maximum': 1e12}, {'type': 'string'}
 _pair = {'type': 'array', 'minItems': 2, 'maxItems': 2, 'items': _positive}
-_RATES = dict(
-    type='object',
-    required=['train', 'score', 'feature_s', 'image_mb', 'gflops', 'gpu', 'device'],
-    properties=dict(
-        train=_positive,
-        score=_positive,
-        feature_s=_positive,
-        image_mb=_positive,
-        gpu={'type': 'boolean'},
-        device=_text,
-        precision=_text,
-        gflops=dict(type='object', required=['lts'], additionalProperties=_pair),
-    ),
-)
+_RATES = dict(type='object',
+              required=['train', 'score', 'feature_s', 'image_mb', 'gflops', 'gpu', 'device'],
+              properties=dict(
+    train=_positive, score=_positive, feature_s=_positive, image_mb=_positive,
+    gpu={'type': 'boolean'}, device=_text, precision=_text,
+    gflops=dict(type='object', required=['lts'], additionalProperties=_pair)))
 
 def known_rates(
     *folders, # the report's folder first
@@ -219,14 +185,8 @@ def known_rates(
         if not f.exists(): continue
         try: rates = json.loads(f.read_text(), parse_constant=lambda nan: None)
         except (OSError, ValueError, RecursionError) as e:
-            raise KitError(
-                'the measurement cannot be read', f, 'Measure again: lts plan --measure'
-            ) from e
-        check_schema(
-            rates,
-            _RATES,
-            'the measurement is not one of ours',
-            f,
-            'Measure again: lts plan --measure',
-        )
+            raise KitError('the measurement cannot be read', f,
+                           'Measure again: lts plan --measure') from e
+        check_schema(rates, _RATES, 'the measurement is not one of ours', f,
+                     'Measure again: lts plan --measure')
         return rates

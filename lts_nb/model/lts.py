@@ -42,9 +42,8 @@ LOCATE = {'none': _no_filter, 'filter': _sequential, 'filter-parallel': _paralle
 
 # %% ../../nbs/model/08_lts.ipynb #bc4dc959
 _Size = Annotated[int, Field(ge=1, le=4096)]
-_Rates = Annotated[
-    tuple[Annotated[int, Field(ge=1, le=256)], ...], Field(strict=False, max_length=8)
-]
+_Rates = Annotated[tuple[Annotated[int, Field(ge=1, le=256)], ...],
+                   Field(strict=False, max_length=8)]
 
 class LTSConfig(Config):
     """Every switch of the model;
@@ -55,9 +54,8 @@ class LTSConfig(Config):
     d_m1: _Size = Field(1024, description='channels of F_m1')
     d_half: _Size = Field(512, description="half of F_m2's and F_m3's channels, so that d_k = 1024")
     fuse: bool = Field(True, description='False: Table 2 without Fusion')
-    locate: str = Field(
-        'filter', description="'none', 'filter', 'filter-parallel', 'word', 'transformer'"
-    )
+    locate: str = Field('filter',
+                        description="'none', 'filter', 'filter-parallel', 'word', 'transformer'")
     n: int = Field(1, ge=1, le=16, description='filterings, or decoder steps (Table 5, 7)')
     seg: bool = Field(True, description='False: Table 2 without Seg')
     aspp_width: _Size = Field(256, description="DeepLab's")
@@ -71,9 +69,8 @@ class LTSConfig(Config):
     text_dropout: float = Field(0., ge=0, lt=1, description='MCN: 0.1')
     freeze_vectors: bool = Field(False, description='word embeddings stay as GloVe has them')
     lam: float = Field(.1, ge=0, le=1e4, description='weight of L_loc in eq. 13; 0: L_seg alone')
-    reduction: Literal['sum', 'mean'] = Field(
-        'sum', description="over cells: the paper's equations sum"
-    )
+    reduction: Literal['sum', 'mean'] = Field('sum',
+                                              description="over cells: the paper's equations sum")
 
     @field_validator('locate')
     @classmethod
@@ -84,9 +81,8 @@ class LTSConfig(Config):
     @model_validator(mode='after')
     def _meaningful(self):
         if self.n > 1 and self.locate in ('none', 'word'):
-            raise KitError(
-                f'n={self.n} has no meaning with locate={self.locate!r}', self.part, 'Set n to 1'
-            )
+            raise KitError(f'n={self.n} has no meaning with locate={self.locate!r}', self.part,
+                           'Set n to 1')
         return self
 
 # %% ../../nbs/model/08_lts.ipynb #b39c2a6c
@@ -110,9 +106,9 @@ class LTS(nn.Module):
         has_prior = cfg.locate != 'none'
         self.cfg = cfg
         self.tail = nn.Identity() if tail is None else tail
-        self.language = LanguageEncoder(
-            vocab_size, cfg.emb_dim, cfg.gru_dim, cfg.text_dropout, vectors, cfg.freeze_vectors
-        )
+        self.language = LanguageEncoder(vocab_size, cfg.emb_dim, cfg.gru_dim, cfg.text_dropout,
+                                        vectors,
+                                        cfg.freeze_vectors)
         self.fusion = Fusion(d_v, d_text, cfg.d_m1, cfg.d_half, cfg.fuse)
         self.locate = LOCATE[cfg.locate](cfg, d_text, d_k)
         # Seg reads one channel more where there is a prior
@@ -140,9 +136,8 @@ def count_parameters(
 ):           # DataFrame: part -> parameters, trainable
     "Parameters of each direct part of a module."
     rows = {name: summary_row([m], 0, '')[:2] for name, m in module.named_children()}
-    return pd.DataFrame.from_dict(
-        rows, orient='index', columns=['parameters', 'trainable']
-    ).rename_axis('part')
+    return pd.DataFrame.from_dict(rows, orient='index',
+                                  columns=['parameters', 'trainable']).rename_axis('part')
 
 # %% ../../nbs/model/08_lts.ipynb #affc72f8
 def _flow(model, frozen, image, tokens, lengths):
@@ -175,7 +170,8 @@ def model_summary(
     device = next(model.parameters()).device
     tokens = torch.ones(1, words, dtype=torch.long, device=device)
     image = torch.zeros(1, 3, size, size, device=device)
-    for part, modules, flops, outs in _flow(model.eval(), backbone, image, tokens, torch.tensor([words])):
+    for part, modules, flops, outs in _flow(model.eval(), backbone, image, tokens,
+                                            torch.tensor([words])):
         shapes = [f'{name} ' + '×'.join(map(str, out.shape[1:])) for name, out in outs.items()]
         rows[part] = summary_row(modules, flops, ', '.join(shapes))
     model.train(was)
@@ -188,18 +184,10 @@ class LTSMethod(Method):
     needs = ('mask', 'prior')
     threshold = .25  # §3.4
     widths = {
-        'smoke': dict(
-            emb_dim=16, gru_dim=16, d_m1=32, d_half=16, aspp_width=8, ffn=32, aspp_rates=(2, 4, 6)
-        ),
-        'cpu': dict(
-            emb_dim=100,
-            gru_dim=128,
-            d_m1=512,
-            d_half=48,
-            aspp_width=32,
-            ffn=96,
-            aspp_rates=(2, 4, 6),
-        ),
+        'smoke': dict(emb_dim=16, gru_dim=16, d_m1=32, d_half=16, aspp_width=8, ffn=32,
+                      aspp_rates=(2, 4, 6)),
+        'cpu': dict(emb_dim=100, gru_dim=128, d_m1=512, d_half=48, aspp_width=32, ffn=96,
+                    aspp_rates=(2, 4, 6)),
     }
     def build(self, cfg, channels, vocab, vectors=None, tail=None):
         return LTS(cfg, channels, len(vocab), vectors, tail)

@@ -128,11 +128,9 @@ def register(
     if not method.name: raise KitError('a method needs a name', type(method).__name__)
     other = METHODS.get(method.name)
     if other is not None and type(other).__qualname__ != type(method).__qualname__:
-        raise KitError(
-            f'the name {method.name!r} is taken by another method',
-            type(other).__qualname__,
-            'Give the new method another name',
-        )
+        raise KitError(f'the name {method.name!r} is taken by another method',
+                       type(other).__qualname__,
+                       'Give the new method another name')
     METHODS[method.name] = method
     return method
 

@@ -21,12 +21,10 @@ _Name = Annotated[str, Field(pattern=r'^[A-Za-z0-9+_.-]{1,80}$')]
 # a file below the data's folder: no absolute path, no way up
 _File = Annotated[str, Field(pattern=r'^[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*$', max_length=200)]
 _Count = Annotated[int, Field(ge=1, le=10**9)]
-_Sizes = Annotated[
-    tuple[Annotated[int, Field(ge=32, le=2048)], ...], Field(strict=False, max_length=16)
-]
-_Depths = Annotated[
-    tuple[Annotated[int, Field(ge=0, le=64)], ...], Field(strict=False, min_length=5, max_length=5)
-]
+_Sizes = Annotated[tuple[Annotated[int, Field(ge=32, le=2048)], ...],
+                   Field(strict=False, max_length=16)]
+_Depths = Annotated[tuple[Annotated[int, Field(ge=0, le=64)], ...],
+                    Field(strict=False, min_length=5, max_length=5)]
 
 def _recipe(value):
     "A RefShapes recipe from plain values."

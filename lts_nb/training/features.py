@@ -23,9 +23,8 @@ def _in_one_shape(backbone, images, device):
     "The backbone's maps, computed in batches of one shape and full precision, kept as half."
     n, out = AT_ONCE.get(torch.device(device).type, 16), []
     for some in images.split(n):
-        full = torch.cat([some, some[-1:].expand(n - len(some), -1, -1, -1)]).to(
-            device, memory_format=torch.channels_last
-        )
+        full = torch.cat([some, some[-1:].expand(n - len(some), -1, -1, -1)]).to(device,
+                                                            memory_format=torch.channels_last)
         with torch.autocast(full.device.type, enabled=False):
             out.append([m[:len(some)].half().float() for m in backbone(full)])
     return tuple(map(torch.cat, zip(*out)))
@@ -47,12 +46,8 @@ class LiveFeatures:
         image_ids,   # B ids
     )->torch.Tensor: # (B, 3, size, size) float32
         "The letterboxed images: the part of the work that loader processes can do."
-        return torch.stack(
-            [
-                torch.as_tensor(letterbox_image(self.refer.open_image(i), self.size, self.stretch))
-                for i in image_ids
-            ]
-        )
+        return torch.stack([torch.as_tensor(letterbox_image(self.refer.open_image(i), self.size,
+                                                            self.stretch)) for i in image_ids])
 
     def __call__(self, image_ids):
         # B ids -> (B, d, H/32, W/32), (B, d, H/16, W/16), (B, d, H/8, W/8)
@@ -73,15 +68,11 @@ class CachedFeatures:
     ):
         self.folder = Path(folder)
         try:
-            self.index = {
-                i: k for k, i in enumerate(json.loads((Path(folder) / 'images.json').read_text()))
-            }
+            self.index = {i: k for k,
+                          i in enumerate(json.loads((Path(folder)/'images.json').read_text()))}
         except (OSError, ValueError) as e:
-            raise KitError(
-                'the feature cache cannot be read',
-                folder,
-                'Delete that folder; the same command makes it again',
-            ) from e
+            raise KitError('the feature cache cannot be read', folder,
+                           'Delete that folder; the same command makes it again') from e
         self.maps = [np.load(Path(folder)/f'v{k}.npy', mmap_mode='r') for k in (1, 2, 3)]
         self.device = device
 
@@ -90,9 +81,8 @@ class CachedFeatures:
     )->tuple:       # three float32 maps, channels last
         "The three maps of some images."
         at = [self.index[i] for i in image_ids]
-        return tuple(
-            torch.from_numpy(m[at]).to(self.device).float().permute(0, 3, 1, 2) for m in self.maps
-        )
+        return tuple(torch.from_numpy(m[at]).to(self.device).float().permute(0, 3, 1, 2)
+                     for m in self.maps)
 
 # %% ../../nbs/training/04_features.ipynb #40a21fd4
 def feature_key(
@@ -150,23 +140,18 @@ def _reserve(path):
 # %% ../../nbs/training/04_features.ipynb #e0ae3b56
 def _write_maps(part, source, image_ids, batch, progress):
     "Fill the three maps in place; `progress.json` says how many images are finished."
-    shapes = [
-        tuple(m.permute(0, 2, 3, 1).shape[1:])
-        for m in source.of_images(torch.zeros(1, 3, source.size, source.size))
-    ]
+    shapes = [tuple(m.permute(0, 2, 3, 1).shape[1:])
+              for m in source.of_images(torch.zeros(1, 3, source.size, source.size))]
     note = part/'progress.json'
     start = json.loads(note.read_text())['done'] if note.exists() else 0
     part.mkdir(exist_ok=True)
     files = [part/f'v{k}.npy' for k in (1, 2, 3)]
-    maps = [
-        np.lib.format.open_memmap(
-            f, 'r+' if start else 'w+', np.float16, None if start else (len(image_ids), *s)
-        )
-        for f, s in zip(files, shapes)
-    ]
+    maps = [np.lib.format.open_memmap(f, 'r+' if start else 'w+', np.float16,
+                                      None if start else (len(image_ids), *s)) for f,
+                                      s in zip(files, shapes)]
     for f in files: _reserve(f)
-    for i in tqdm(range(start, len(image_ids), batch), desc=f'features at '
-                                                            f'{source.size}', unit='batch', disable=not progress, leave=False):
+    for i in tqdm(range(start, len(image_ids), batch), desc=f'features at {source.size}',
+                  unit='batch', disable=not progress, leave=False):
         for m, f in zip(maps, source(image_ids[i:i + batch])):
             m[i:i + len(f)] = f.permute(0, 2, 3, 1).float().cpu().numpy()
         if i // batch % 16 == 15:

@@ -40,14 +40,10 @@ def save_checkpoint(
     config,           # the run's configuration
 ):
     "Write all that the next step depends on."
-    state = dict(
-        model=model.state_dict(),
-        optimizer=optimizer.state_dict(),
-        progress=progress,
-        config=config_hash(config),
-        rng=torch.get_rng_state(),
-        cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    )
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), progress=progress,
+                 config=config_hash(config),
+                 rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all()
+                 if torch.cuda.is_available() else [])
     with atomic_path(path) as tmp: torch.save(state, tmp)
 
 # %% ../../nbs/training/02_fit.ipynb #2eff1da2
@@ -76,9 +72,8 @@ def load_checkpoint(
         return state['progress']
     except KitError: raise
     except Exception as e:  # what a damaged file makes of torch's reader cannot be listed: IndexError and AttributeError were met
-        raise KitError('the checkpoint cannot be '
-                       'read', path, 'Delete it; the same command then starts that run '
-                                     'again') from e
+        raise KitError('the checkpoint cannot be read', path,
+                       'Delete it; the same command then starts that run again') from e
 
 # %% ../../nbs/training/02_fit.ipynb #21c97e1c
 @contextmanager
@@ -110,33 +105,18 @@ def fit(
     """Train, or go on training where a checkpoint stands.
     KitError when the loss is no longer finite."""
     acc = accelerator or Accelerator(cpu=True)
-    optimizer = torch.optim.Adam(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=lr,
-        weight_decay=weight_decay,
-        fused=True,
-    )
-    progress = _resume(checkpoint, config, model, optimizer) or dict(
-        epoch=0, step=0, sums={}, samples=0, seconds=0.0, history=[]
-    )
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr,
+                                 weight_decay=weight_decay, fused=True)
+    progress = _resume(checkpoint, config, model, optimizer) or dict(epoch=0, step=0, sums={},
+                                                            samples=0, seconds=0., history=[])
     model, optimizer = acc.prepare(model, optimizer)
-    save = _Saver(
-        every,
-        lambda: checkpoint
-        and save_checkpoint(checkpoint, acc.unwrap_model(model), optimizer, progress, config),
-    )
+    save = _Saver(every, lambda: checkpoint
+                  and save_checkpoint(checkpoint, acc.unwrap_model(model), optimizer, progress,
+                                      config))
     def one(epoch):
         for group in optimizer.param_groups: group['lr'] = learning_rate(lr, decay, epoch)
-        _run_epoch(
-            acc,
-            model,
-            optimizer,
-            loss_of,
-            batches(epoch, progress['step']),
-            progress,
-            save,
-            f'{desc} {epoch + 1}/{epochs}',
-        )
+        _run_epoch(acc, model, optimizer, loss_of, batches(epoch, progress['step']), progress, save,
+                   f'{desc} {epoch + 1}/{epochs}')
         _close_epoch(progress, learning_rate(lr, decay, epoch), after_epoch)
     return _until_done(one, progress, epochs, save)
 
@@ -179,14 +159,8 @@ def _undivided():
 def _run_epoch(acc, model, optimizer, loss_of, batches, progress, save, desc):
     "One pass over an epoch's remaining batches; `progress` counts every finished step."
     model.train()
-    bar = tqdm(
-        batches,
-        desc=desc,
-        unit='batch',
-        leave=False,
-        initial=progress['step'],
-        total=progress['step'] + len(batches),
-    )
+    bar = tqdm(batches, desc=desc, unit='batch', leave=False, initial=progress['step'],
+               total=progress['step'] + len(batches))
     for batch in bar:
         began = time.monotonic()
         with acc.autocast(): loss, parts = loss_of(batch)
@@ -213,15 +187,10 @@ def _count(progress, values, batch, seconds):
 def _close_epoch(progress, lr, after_epoch):
     "Turn the epoch's sums into a row of the history and start the next."
     n = max(progress['samples'], 1)
-    progress['history'].append(
-        dict(
-            epoch=progress['epoch'] + 1,
-            **{k: v / n for k, v in progress['sums'].items()},
-            lr=lr,
-            samples=progress['samples'],
-            seconds=round(progress['seconds'], 3)
-        )
-    )
+    progress['history'].append(dict(epoch=progress['epoch'] + 1,
+                                    **{k: v/n for k, v in progress['sums'].items()},
+                                    lr=lr, samples=progress['samples'],
+                                    seconds=round(progress['seconds'], 3)))
     progress.update(epoch=progress['epoch'] + 1, step=0, sums={}, samples=0, seconds=0.)
     if after_epoch: after_epoch(progress['epoch'] - 1, progress['history'])
 

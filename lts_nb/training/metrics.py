@@ -25,9 +25,8 @@ def intersection_union(
 )->tuple:             # pixels in both, pixels in either: int, int
     "The two numbers that every metric is made of. Raises `KitError` for masks of different size."
     if pred.shape != truth.shape:
-        raise KitError(
-            f'the prediction is of size {list(pred.shape)}, the truth of {list(truth.shape)}'
-        )
+        raise KitError(f'the prediction is of size {list(pred.shape)}, the truth of '
+                       f'{list(truth.shape)}')
     return int((pred & truth).sum()), int((pred | truth).sum())
 
 # %% ../../nbs/training/01_metrics.ipynb #be4af499
@@ -69,9 +68,8 @@ def ceiling(
     then inference."""
     boxed = torch.from_numpy(letterbox_mask(mask, size))[None, None].float()
     grid = F.interpolate(boxed, size=(grid_size, grid_size), mode='nearest-exact')[0, 0]
-    return intersection_union(
-        predict_mask(grid, letterbox_geometry(*mask.shape, size), threshold), mask
-    )
+    return intersection_union(predict_mask(grid, letterbox_geometry(*mask.shape, size), threshold),
+                              mask)
 
 # %% ../../nbs/training/01_metrics.ipynb #dae58804
 def encode_rle(
@@ -94,9 +92,8 @@ def write_predictions(
 def _few(items):
     "The first few of many."
     items = list(items)
-    return ', '.join(map(str, items[:5])) + (
-        f' and {len(items) - 5} more' if len(items) > 5 else ''
-    )
+    return ', '.join(map(str, items[:5])) + (f' and {len(items) - 5} more' if len(items) > 5
+                                             else '')
 
 # %% ../../nbs/training/01_metrics.ipynb #3ef6e856
 def read_predictions(
@@ -106,9 +103,8 @@ def read_predictions(
     Raises `KitError` where it is missing, no JSON, of another form, or names a sentence twice."""
     try: rows = json.loads(open(path, encoding='utf-8').read())
     except FileNotFoundError:
-        raise KitError(
-            'the predictions file is missing', path, 'Write one: lts evaluate … --predictions FILE'
-        ) from None
+        raise KitError('the predictions file is missing', path,
+                       'Write one: lts evaluate … --predictions FILE') from None
     except OSError as e:
         raise KitError(f'the predictions file cannot be read: {e.strerror}', path) from e
     except (ValueError, RecursionError) as e:
@@ -116,15 +112,14 @@ def read_predictions(
     form = 'Each entry must be {"sent_id": number, "segmentation": {"size": [h, w], "counts": "…"}}'
     if not isinstance(rows, list): raise KitError('the predictions file holds no list', path, form)
     for n, row in enumerate(rows):
-        if not isinstance(row, dict) or type(row.get('sent_id')) is not int or not isinstance(row.get('segmentation'), dict):
+        if not isinstance(row,
+                          dict) or type(row.get('sent_id')) is not int or not isinstance(row.get('segmentation'), dict):
             raise KitError(f'entry {n} is no prediction: {reprlib.repr(row)[:80]}', path, form)
     ids = [row['sent_id'] for row in rows]
     found = {i: row['segmentation'] for i, row in zip(ids, rows)}
     if len(found) < len(ids):
-        raise KitError(
-            f'sent_ids occur twice: {_few(sorted(i for i, n in Counter(ids).items() if n > 1))}',
-            path,
-        )
+        raise KitError(f'sent_ids occur twice: '
+                       f'{_few(sorted(i for i, n in Counter(ids).items() if n > 1))}', path)
     return found
 
 # %% ../../nbs/training/01_metrics.ipynb #40d56fc5
@@ -138,18 +133,12 @@ def _check_ids(predicted, wanted, path, split):
     "Every sentence of the split must be there, and no other."
     missing, unknown = sorted(wanted - predicted), sorted(predicted - wanted)
     if missing:
-        raise KitError(
-            f'{len(missing)} of {len(wanted)} sentences of {split} are missing: sent_id '
-            f'{_few(missing)}',
-            path,
-            'Predict every sentence; an empty mask is allowed',
-        )
+        raise KitError(f'{len(missing)} of {len(wanted)} sentences of {split} are missing: '
+                       f'sent_id {_few(missing)}', path, 'Predict every sentence; an empty mask '
+                                                         'is allowed')
     if unknown:
-        raise KitError(
-            f'{len(unknown)} sent_ids are not of {split}: {_few(unknown)}',
-            path,
-            'Check --dataset, --split and --by',
-        )
+        raise KitError(f'{len(unknown)} sent_ids are not of {split}: {_few(unknown)}', path,
+                       'Check --dataset, --split and --by')
 
 # %% ../../nbs/training/01_metrics.ipynb #8212aa35
 def score_predictions(

@@ -87,24 +87,14 @@ def _pretrain_here(config, root, path):
     b, p = config.backbone, config.backbone.pretrain
     acc = set_up(config.compute.replace(threads=p.threads), p.seed)
     net = Darknet53(b.width, b.depths, b.neck)
-    history = pretrain(
-        [Refer(root, d) for d in FAMILY],
-        net,
-        images=p.images,
-        batch=p.batch,
-        lr=p.lr,
-        epochs=p.epochs,
-        decay=p.decay,
-        seed=p.seed,
-        sizes=p.sizes,
-        workers=config.compute.pretrain_workers,
-        checkpoint=path.with_suffix('.pt'),
-        accelerator=acc,
-    )
+    history = pretrain([Refer(root, d) for d in FAMILY], net, images=p.images, batch=p.batch,
+                       lr=p.lr,
+                       epochs=p.epochs, decay=p.decay, seed=p.seed, sizes=p.sizes,
+                       workers=config.compute.pretrain_workers, checkpoint=path.with_suffix('.pt'),
+                       accelerator=acc)
     save_backbone(net, path)
-    write_text(
-        path.with_suffix('.json'), json.dumps(dict(backbone=b.plain(), history=history), indent=1)
-    )
+    write_text(path.with_suffix('.json'),
+               json.dumps(dict(backbone=b.plain(), history=history), indent=1))
     return history
 
 def ensure_backbone(
@@ -119,14 +109,12 @@ def ensure_backbone(
         raise KitError('the backbone that the kit ships is missing', path,
                        'Work in a clone of the kit, or make one anew: lts reproduce --pretrain')
     if weights != 'pretrained':
-        raise KitError(
-            'the backbone weights are missing',
-            path,
-            f'Get them: lts data fetch darknet --root {root}',
-        )
+        raise KitError('the backbone weights are missing', path,
+                       f'Get them: lts data fetch darknet --root {root}')
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise disk_error(e, path.parent) from e
-    with FileLock(path.with_suffix('.lock')):  # the second of two processes waits, and finds it there
+    # the second of two processes waits, and finds it there
+    with FileLock(path.with_suffix('.lock')):
         return [] if path.exists() else _pretrain_here(config, root, path)
 
 # %% ../../nbs/training/06_opening.ipynb #9d3d3144
@@ -194,14 +182,9 @@ def loader(
 )->DataLoader:
     "Batches with features; draws nothing from the global generator."
     workers = min(workers, os.cpu_count() or 1)  # more would only get in each other's way
-    return DataLoader(
-        _Batches(samples, source),
-        batch_size=None,
-        sampler=batches,
-        num_workers=workers,
-        generator=torch.Generator(),
-        prefetch_factor=4 if workers else None,
-    )
+    return DataLoader(_Batches(samples, source), batch_size=None, sampler=batches,
+                      num_workers=workers,
+                      generator=torch.Generator(), prefetch_factor=4 if workers else None)
 
 def on_device(
     batch:dict,  # from `loader`
@@ -210,9 +193,6 @@ def on_device(
 )->tuple:        # (features, batch): tensors on the device, but for `lengths`, which packing wants on the CPU
     "A batch where the model is."
     features = source.of_images(batch['pixels']) if 'pixels' in batch else batch['features']
-    moved = {
-        k: v.to(device)
-        for k, v in batch.items()
-        if torch.is_tensor(v) and k not in ('lengths', 'pixels')
-    }
+    moved = {k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)
+             and k not in ('lengths', 'pixels')}
     return tuple(f.to(device) for f in features), batch | moved

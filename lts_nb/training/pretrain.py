@@ -22,12 +22,10 @@ def pretraining_images(
     refers,  # Refer of each set
 )->list:     # image ids, sorted
     "Training images of the sets together, without any image that one of them evaluates on."
-    of = lambda refer, train: {
-        r.image_id for r in refer.refs.values() if (r.split == 'train') == train
-    }
-    return sorted(
-        set().union(*(of(r, True) for r in refers)) - set().union(*(of(r, False) for r in refers))
-    )
+    of = lambda refer, train: {r.image_id for r in refer.refs.values()
+                               if (r.split == 'train') == train}
+    return sorted(set().union(*(of(r, True) for r in refers))
+                  - set().union(*(of(r, False) for r in refers)))
 
 # %% ../../nbs/training/03_pretrain.ipynb #d8babbe1
 def class_names(
@@ -68,9 +66,8 @@ class _Cells(Dataset):
         for a in refer.annotations.values(): self.of.setdefault(a.image_id, []).append(a)
     def __getitem__(self, key):
         ids, size = key
-        x = torch.stack(
-            [torch.as_tensor(letterbox_image(self.refer.open_image(i), size)) for i in ids]
-        )
+        x = torch.stack([torch.as_tensor(letterbox_image(self.refer.open_image(i), size))
+                         for i in ids])
         y = np.stack([class_maps(self.refer, self.of.get(i, []), self.names, size) for i in ids])
         return dict(x=x, y=torch.from_numpy(y), rows=ids)
 
@@ -92,9 +89,8 @@ class CellClassifier(nn.Module):
         classes:int,  # from `class_names`
     ):
         super().__init__()
-        self.backbone, self.heads = backbone, nn.ModuleList(
-            nn.Conv2d(c, classes, 1) for c in backbone.channels
-        )
+        self.backbone, self.heads = backbone, nn.ModuleList(nn.Conv2d(c, classes, 1)
+                                                            for c in backbone.channels)
         self.place = nn.Conv2d(backbone.channels[0], 2, 1)
         for h in self.heads: nn.init.constant_(h.bias, -3.)
     def forward(self,
@@ -136,31 +132,17 @@ def pretrain(
     device = accelerator.device if accelerator else 'cpu'
     if accelerator: model = model.to(device)
     def batches(epoch, skip):
-        return DataLoader(
-            _Cells(refers[0], names),
-            batch_size=None,
-            sampler=_plan(ids, seed, epoch, each, batch, sizes)[skip:],
-            num_workers=workers,
-            generator=torch.Generator(),
-            prefetch_factor=4 if workers else None,
-        )
+        return DataLoader(_Cells(refers[0], names), batch_size=None,
+                          sampler=_plan(ids, seed, epoch, each, batch, sizes)[skip:],
+                          num_workers=workers, generator=torch.Generator(),
+                          prefetch_factor=4 if workers else None)
     def loss_of(b):
         x = b['x'].to(device, memory_format=torch.channels_last)
         return cell_loss(*model(x), b['y'].to(device)), {}
-    config = dict(
-        images=images,
-        batch=batch,
-        lr=lr,
-        epochs=epochs,
-        decay=decay,
-        seed=seed,
-        sizes=list(sizes),
-        classes=names,
-        n=len(ids),
-    )
-    history = fit(
-        model, loss_of, batches, epochs, lr, decay, checkpoint, config, accelerator, desc='backbone'
-    )
+    config = dict(images=images, batch=batch, lr=lr, epochs=epochs, decay=decay, seed=seed,
+                  sizes=list(sizes), classes=names, n=len(ids))
+    history = fit(model, loss_of, batches, epochs, lr, decay, checkpoint, config, accelerator,
+                  desc='backbone')
     backbone.eval().requires_grad_(False)
     return history
 
@@ -183,9 +165,6 @@ def load_backbone(
     except FileNotFoundError as e:
         raise KitError('there are no backbone weights', path, 'Make them: lts reproduce') from e
     except Exception as e:
-        raise KitError(
-            f'the backbone weights do not fit: {str(e).splitlines()[0]}',
-            path,
-            'Delete the file and make it again',
-        ) from e
+        raise KitError(f'the backbone weights do not fit: {str(e).splitlines()[0]}', path,
+                       'Delete the file and make it again') from e
     return backbone.eval().requires_grad_(False)

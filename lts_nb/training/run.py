@@ -14,14 +14,7 @@ from filelock import FileLock
 from ..errors import disk_error, write_text
 from ..data.dataset import Samples
 from .config import RunConfig, method_of
-from lts_nb.training.opening import (
-    build_model,
-    open_backbone,
-    open_data,
-    open_features,
-    set_up,
-    shared_backbone,
-)
+from .opening import build_model, open_backbone, open_data, open_features, set_up, shared_backbone
 from .scoring import ExampleKeeper, WorstKeeper, evaluate, pack_examples, save_arrays
 from .scoring import split_ceiling, split_metrics, swapped_metrics
 
@@ -50,17 +43,9 @@ class Run:
         """The sentences of a split with their targets;
         `shuffle` deals out others' sentences (the blind control)."""
         d = self.config.data
-        return Samples(
-            self.refer,
-            split,
-            self.vocab,
-            d.max_len,
-            d.size,
-            d.downsample,
-            shuffle,
-            d.stretch,
-            self.method.needs,
-        )
+        return Samples(self.refer, split, self.vocab, d.max_len, d.size, d.downsample, shuffle,
+                       d.stretch,
+                       self.method.needs)
 
 # %% ../../nbs/training/09_run.ipynb #91e49e91
 def prepare(
@@ -75,9 +60,8 @@ def prepare(
     run.refer, run.vocab, run.fingerprint = open_data(config, root)
     run.weights = shared_backbone(config, out, root)
     run.backbone, tail, channels = open_backbone(config, run.weights)
-    run.source = open_features(
-        config, run.refer, run.backbone, run.fingerprint, out, run.acc.device
-    )
+    run.source = open_features(config, run.refer, run.backbone, run.fingerprint, out,
+                               run.acc.device)
     vectors = Path(root)/config.data.vectors if config.data.vectors else None
     torch.manual_seed(config.seed)  # what was opened before may have drawn
     run.model = build_model(config, run.vocab, channels, tail, vectors, run.out/'shared'/'vectors')
@@ -99,24 +83,13 @@ def score_run(
     c, metrics, swapped, ceilings = run.config.compute, {}, {}, {}
     for split in run.config.splits:
         samples = run.samples(split)
-        keepers = (
-            {'examples': ExampleKeeper(samples), 'worst': WorstKeeper(samples)}
-            if split == 'val'
-            else {}
-        )
+        keepers = {'examples': ExampleKeeper(samples),
+                   'worst': WorstKeeper(samples)} if split == 'val' else {}
         def keep(*scored):
             for keeper in keepers.values(): keeper(*scored)
-        scores = evaluate(
-            run.model,
-            samples,
-            run.source,
-            run.method,
-            run.config.model,
-            run.acc.device,
-            c.score_batch,
-            c.workers,
-            keep,
-        )
+        scores = evaluate(run.model, samples, run.source, run.method, run.config.model,
+                          run.acc.device,
+                          c.score_batch, c.workers, keep)
         save_arrays(run.folder/f'samples-{split}.npz', scores)
         for name, keeper in keepers.items():
             save_arrays(run.folder/f'{name}.npz', pack_examples(keeper.kept))
@@ -125,17 +98,8 @@ def score_run(
     return metrics, swapped, ceilings
 
 # %% ../../nbs/training/09_run.ipynb #9124242d
-PACKAGES = (
-    'torch',
-    'torchtext',
-    'numpy',
-    'pandas',
-    'pycocotools',
-    'pillow',
-    'accelerate',
-    'papermill',
-    'snakemake',
-)
+PACKAGES = ('torch', 'torchtext', 'numpy', 'pandas', 'pycocotools', 'pillow', 'accelerate',
+            'papermill', 'snakemake')
 
 def _version(name):
     try: return importlib.metadata.version(name)
@@ -153,13 +117,8 @@ def environment()->dict: # versions, hardware
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     memory = round(psutil.virtual_memory().total/2**30, 1)
     versions = {'python': platform.python_version()} | {p: _version(p) for p in PACKAGES}
-    hardware = dict(
-        cpu=_processor(),
-        cores=os.cpu_count(),
-        memory_gb=memory,
-        gpu=gpu,
-        threads=torch.get_num_threads(),
-    )
+    hardware = dict(cpu=_processor(), cores=os.cpu_count(), memory_gb=memory, gpu=gpu,
+                    threads=torch.get_num_threads())
     return dict(versions=versions, hardware=hardware)
 
 def peak_memory_mb()->float: # MB
@@ -174,16 +133,12 @@ def _md5(path):
 
 def _commit():
     "The kit's git commit, with a + where the tree has changes; None outside a clone."
-    at = dict(
-        cwd=Path(__file__).parent if '__file__' in globals() else '.',
-        capture_output=True,
-        text=True,
-    )
+    at = dict(cwd=Path(__file__).parent if '__file__' in globals() else '.', capture_output=True,
+              text=True)
     try: sha = subprocess.run(['git', 'rev-parse', '--short=12', 'HEAD'], **at).stdout.strip()
     except OSError: return None
-    dirty = subprocess.run(
-        ['git', 'status', '--porcelain', '--untracked-files=no'], **at
-    ).stdout.strip()
+    dirty = subprocess.run(['git', 'status', '--porcelain', '--untracked-files=no'],
+                           **at).stdout.strip()
     return sha + '+' if sha and dirty else sha or None
 
 # %% ../../nbs/training/09_run.ipynb #fabcb745
@@ -196,35 +151,22 @@ def write_result(
     "Write `result.json`, last and in one step: the run is done. Lets go of the run's lock."
     c, (metrics, swapped, ceilings) = run.config, scored
     parts = run.method.summary(run.model, run.backbone, c.data.size)[['parameters', 'GFLOPs']]
-    seconds = dict(
-        train=round(sum(h['seconds'] for h in history), 1), total=round(time.time() - run.began, 1)
-    )
-    gpu_mb = (
-        round(torch.cuda.max_memory_allocated() / 2**20, 1) if torch.cuda.is_available() else None
-    )
+    seconds = dict(train=round(sum(h['seconds'] for h in history), 1),
+                   total=round(time.time() - run.began, 1))
+    gpu_mb = round(torch.cuda.max_memory_allocated()/2**20,
+                   1) if torch.cuda.is_available() else None
     result = dict(
-        run=c.run,
-        experiment=c.experiment,
-        dataset=c.dataset,
-        preset=c.preset,
-        seed=c.seed,
+        run=c.run, experiment=c.experiment, dataset=c.dataset, preset=c.preset, seed=c.seed,
         config=c.plain(),
-        metrics=metrics,
-        ceiling=ceilings,
-        controls={s: {'swapped': m} for s, m in swapped.items()},
-        history=history,
-        fingerprint=run.fingerprint,
+        metrics=metrics, ceiling=ceilings, controls={s: {'swapped': m} for s, m in swapped.items()},
+        history=history, fingerprint=run.fingerprint,
         backbone=dict(file=run.weights.name, md5=_md5(run.weights), weights=c.backbone.weights),
-        code=dict(version=_version('lts-kit'), commit=_commit(), modules=modules),
-        **environment(),
-        seconds=seconds,
-        peak_memory_mb=peak_memory_mb(),
-        peak_gpu_mb=gpu_mb,
+        code=dict(version=_version('lts-kit'), commit=_commit(), modules=modules), **environment(),
+        seconds=seconds, peak_memory_mb=peak_memory_mb(), peak_gpu_mb=gpu_mb,
         vocabulary=len(run.vocab),
         parameters=int(parts['parameters']['total']),
         gflops=round(float(parts['GFLOPs']['total']), 4),
-        parts=parts.round(4).to_dict('index')
-    )
+        parts=parts.round(4).to_dict('index'))
     write_text(run.folder/'vocab.json', run.vocab.to_json())
     write_text(run.folder/'result.json', json.dumps(result, indent=1, sort_keys=True))
     run.lock.release()
