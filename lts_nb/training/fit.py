@@ -6,7 +6,7 @@
 __all__ = ['config_hash', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'learning_rate', 'terminate_as_interrupt',
            'fit']
 
-# %% ../../nbs/training/02_fit.ipynb #735e6012
+# %% ../../nbs/training/02_fit.ipynb #230c321d
 import hashlib, json, math, signal, threading, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +15,14 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from ..errors import KitError, atomic_path, check_unpacked
 
-# %% ../../nbs/training/02_fit.ipynb #65bd5d24
+# %% ../../nbs/training/02_fit.ipynb #46103dfb
 def config_hash(
     config,  # anything JSON can write
 )->str:      # 12 hex digits
     "A short name for a configuration."
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../../nbs/training/02_fit.ipynb #9f4d5bcd
+# %% ../../nbs/training/02_fit.ipynb #ba99cd1d
 def save_checkpoint(
     path,             # file, replaced in one step
     model:torch.nn.Module, # whose weights
@@ -37,7 +37,7 @@ def save_checkpoint(
         cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
     with atomic_path(path) as tmp: torch.save(state, tmp)
 
-# %% ../../nbs/training/02_fit.ipynb #f7f99d3e
+# %% ../../nbs/training/02_fit.ipynb #124f38c5
 def read_checkpoint(
     path,  # a file of `save_checkpoint`, perhaps a stranger's
 )->dict:   # what it holds, on the CPU
@@ -45,7 +45,7 @@ def read_checkpoint(
     check_unpacked(path, Path(path).stat().st_size)
     return torch.load(path, map_location='cpu', weights_only=True)
 
-# %% ../../nbs/training/02_fit.ipynb #6e6b19d0
+# %% ../../nbs/training/02_fit.ipynb #58f6fbf4
 def load_checkpoint(
     path,    # a checkpoint file
     config,  # the configuration it must have been made with
@@ -68,7 +68,7 @@ def load_checkpoint(
         mend = 'Delete it; the same command then starts that run again'
         raise KitError('the checkpoint cannot be read', path, mend) from e
 
-# %% ../../nbs/training/02_fit.ipynb #6241659b
+# %% ../../nbs/training/02_fit.ipynb #c5a0c7c0
 def _resume(checkpoint, config, model, optimizer):
     "Progress from a checkpoint of this configuration; another's is set aside, not overwritten."
     if not checkpoint or not Path(checkpoint).exists(): return None
@@ -80,7 +80,7 @@ def _resume(checkpoint, config, model, optimizer):
               f'it was kept as {aside.name} and training starts anew.')
     return progress
 
-# %% ../../nbs/training/02_fit.ipynb #73a488bd
+# %% ../../nbs/training/02_fit.ipynb #1c269e99
 def learning_rate(
     lr:float,    # the initial rate
     decay:int,   # epoch at which it falls to a tenth, counted from 0
@@ -89,7 +89,7 @@ def learning_rate(
     "The paper's step schedule."
     return lr if epoch < decay else lr*.1
 
-# %% ../../nbs/training/02_fit.ipynb #fc133ac1
+# %% ../../nbs/training/02_fit.ipynb #7b5248a0
 @contextmanager
 def terminate_as_interrupt():
     "Turn SIGTERM into KeyboardInterrupt while a loop runs."
@@ -101,7 +101,7 @@ def terminate_as_interrupt():
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../../nbs/training/02_fit.ipynb #d48e3ad0
+# %% ../../nbs/training/02_fit.ipynb #8b744ed2
 @contextmanager
 def _undivided():
     "Hold interrupts back until the block is done."
@@ -116,7 +116,7 @@ def _undivided():
         for s, handler in before.items(): signal.signal(s, handler)
     if caught: raise KeyboardInterrupt
 
-# %% ../../nbs/training/02_fit.ipynb #05dc9594
+# %% ../../nbs/training/02_fit.ipynb #c393154a
 class _Saver:
     "Calls `write` now, or when more than `every` seconds have passed since it last did."
     def __init__(self, every, write):
@@ -130,7 +130,7 @@ class _Saver:
     def when_due(self):
         if time.monotonic() - self.last > self.every: self()
 
-# %% ../../nbs/training/02_fit.ipynb #6ab1536e
+# %% ../../nbs/training/02_fit.ipynb #38387c01
 def _beginning():
     "The progress of a run that has not begun."
     return dict(epoch=0, step=0, sums={}, samples=0, seconds=0., history=[])
@@ -152,7 +152,7 @@ def _close_epoch(progress, lr):
     progress['history'].append(row)
     progress.update(epoch=progress['epoch'] + 1, step=0, sums={}, samples=0, seconds=0.)
 
-# %% ../../nbs/training/02_fit.ipynb #1b22e8cf
+# %% ../../nbs/training/02_fit.ipynb #78be31b1
 def _run_epoch(acc, model, optimizer, loss_of, batches, progress, save, desc):
     "One pass over an epoch's remaining batches; `progress` counts every finished step."
     model.train()
@@ -176,7 +176,7 @@ def _run_epoch(acc, model, optimizer, loss_of, batches, progress, save, desc):
         bar.set_postfix(loss=f"{values['loss']:.3g}", refresh=False)
         save.when_due()
 
-# %% ../../nbs/training/02_fit.ipynb #ffa07b04
+# %% ../../nbs/training/02_fit.ipynb #4554f14e
 @contextmanager
 def _saved_at_the_end(save):
     "Keep a checkpoint when the loop has ended, by itself or by Ctrl-C or SIGTERM."
@@ -187,7 +187,7 @@ def _saved_at_the_end(save):
             raise
     save()
 
-# %% ../../nbs/training/02_fit.ipynb #24fc33ca
+# %% ../../nbs/training/02_fit.ipynb #e49e638c
 def fit(
     model:torch.nn.Module, # all that trains
     loss_of,               # batch -> (loss, {name: part})
