@@ -27,8 +27,9 @@ class ASPP(nn.Module):
         rates,     # atrous rates; (6, 12, 18) belong to a map of 52 cells
     ):
         super().__init__()
+        near = conv_bn(c_in, width)
         atrous = [conv_bn(c_in, width, 3, dilation=r) for r in rates]
-        self.branches = nn.ModuleList([conv_bn(c_in, width), *atrous])
+        self.branches = nn.ModuleList([near, *atrous])
         self.pool = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),    # one value a channel and image …
             nn.Conv2d(c_in, width, 1),  # … therefore a bias and no batch normalisation
