@@ -92,9 +92,9 @@ def sine_positions(
     x = axis(w)[None].expand(h, w, d//2)
     return torch.cat([y, x], 2).reshape(h*w, d)
 
-# %% ../../nbs/model/04_locate.ipynb #f8f51885
+# %% ../../nbs/model/04_locate.ipynb #638658f4
 class DecoderLayer(nn.Module):
-    "A post-norm transformer decoder layer: cells (B,N,d), positions (N,d), memory (B,M,d) -> (B,N,d)."
+    "A post-norm decoder layer: cells (B,N,d), positions (N,d), memory (B,M,d) -> (B,N,d)."
     def __init__(self,
         d:int,            # channels of cells and memory
         heads:int,        # of both attentions

@@ -37,10 +37,10 @@ class ASPP(nn.Module):
         self.project = conv_bn(width * (len(rates) + 2), width)
 
     def forward(self, x):  # (B,c_in,h,w) -> (B,width,h,w)
-        # near and far: the same map at each rate
-        seen = [branch(x) for branch in self.branches]
         # everything: the image's mean, the same in every cell
         pooled = self.pool(x).expand(-1, -1, *x.shape[-2:])
+        # near and far: the same map at each rate
+        seen = [branch(x) for branch in self.branches]
         # a 1×1 convolution weighs the answers, cell by cell
         return self.project(cat_channels(*seen, pooled))
 
