@@ -209,7 +209,8 @@ def pack_examples(
     examples:list,  # of a keeper
 )->dict:            # name -> array, as `figures.load_examples` reads them
     "Examples as the arrays of one file."
-    out = {k: np.array([e[k] for e in examples]) for k in ('sent_id', 'expression')}
+    out = {'sent_id': np.array([e['sent_id'] for e in examples]),
+           'expression': np.array([e['expression'] for e in examples])}
     for i, e in enumerate(examples):
         for k in ('image', 'prediction', 'truth', 'prior'):
             if e[k] is not None: out[f'{k}_{i}'] = e[k]
