@@ -202,7 +202,8 @@ def frame_grid(
         return f'{v:.{digits}f}'.replace('-', '−') if isinstance(v, float) else str(v)
     return dict(caption=caption, wrap=[frame.columns.get_loc(c) for c in wrap],
                 head=[[(c, 1) for c in frame.columns]],
-                body=[list(zip(map(show, line), [False]*len(line))) for line in frame.itertuples(index=False)])
+                body=[list(zip(map(show, line), [False]*len(line)))
+                      for line in frame.itertuples(index=False)])
 
 # %% ../../nbs/evidence/07_report.ipynb #ac65114f
 TITLES = {'1': 'Table 1: against the state of the art', '2': 'Table 2: ablation',

@@ -198,6 +198,7 @@ def describe_plan(
     if missing: lines += [*missing, 'data/README.md says what each of them is, and whose.']
     return '\n'.join(lines)
 
+# %% ../../nbs/manual/03_batch.ipynb #c96deef8
 def describe_run(
     run:str,             # its name, as `lts plan` lists it
     preset:str='cpu',    # smoke, cpu, gpu or paper

@@ -98,7 +98,8 @@ def evaluate(
     cut = [list(range(i, min(i + batch, n))) for i in range(0, n, batch)]
     scores = []
     batches = loader(samples, source, cut, workers)
-    for b in tqdm(batches, desc=f'scoring {samples.split}', unit='batch', disable=not progress, leave=False):
+    for b in tqdm(batches, desc=f'scoring {samples.split}', unit='batch', disable=not progress,
+                  leave=False):
         features, b = on_device(b, source, device)
         out = method.forward(model, features, b)
         probability = method.probability(out).cpu()
