@@ -403,12 +403,20 @@ def _part_notes(results):
     return [f'Not the published splits: {", ".join(said)} sentences. No number here can be held '
             f'against the paper\'s.'] if said else []
 
+# %% ../../nbs/evidence/07_report.ipynb #e0141da4
+def _backbone_notes(results):
+    "Whose backbone the runs stand on, where it is the one that the kit ships."
+    shipped = [r for r in results if (r.get('backbone') or {}).get('weights') == 'shipped']
+    if not shipped: return []
+    return [f'{len(shipped)} of {len(results)} runs stand on the backbone that the kit ships '
+            '(models/cpu), as the paper took a published one; lts reproduce --pretrain makes it anew.']
+
 # %% ../../nbs/evidence/07_report.ipynb #2d6c0c92
 def _write_page(DIR, preset, results, frame, frames, runs, missing, failed, evidence):
     "Render `index.html`."
     dataset = preset_of(preset)['datasets']['refcoco']
     sections = _sections(DIR, preset, results, frame, frames, runs, evidence)
-    notes = _part_notes(results) + [f'This run failed: {r} (see runs/{r}/train.ipynb).'
+    notes = _backbone_notes(results) + _part_notes(results) + [f'This run failed: {r} (see runs/{r}/train.ipynb).'
                                     for r in failed] + ([f'Not run yet: {", ".join(missing)}.']
                                                         if missing else [])
     seeds = sorted({r['seed'] for r in results})
