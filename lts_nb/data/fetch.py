@@ -411,8 +411,8 @@ def check_backbone(
     try: lines = Path(trained_on).read_text().split()
     except (OSError, UnicodeDecodeError) as e:
         raise KitError('the list of training images cannot be read', trained_on) from e
-    digits = [''.join(c for c in PurePosixPath(line).stem.split('_')[-1] if c.isdecimal())
-              for line in lines]
+    stems = [PurePosixPath(line).stem.split('_')[-1] for line in lines]
+    digits = [''.join(filter(str.isdecimal, stem)) for stem in stems]
     if not lines or not all(digits):
         raise KitError('a line of the list has no image id', trained_on,
                        'One id, or one COCO file name, a line')

@@ -353,7 +353,8 @@ def sentences_for(
 # %% ../../nbs/data/02_shapes.ipynb #03c6adb1
 def _targets(rng, name, scene, recipe, split):
     "Referred objects of a scene with their sentences, [(index, sentences)]."
-    counts = {c: sum(t.category == c for t in scene.things) for c in CATEGORIES}
+    counts = dict.fromkeys(CATEGORIES, 0)
+    for t in scene.things: counts[t.category] += 1
     order = sorted(range(len(scene.things)),
                    key=lambda i: (counts[scene.things[i].category] < 2, rng.random()))
     if split == 'testA': order = [i for i in order if scene.things[i].category == 'person']

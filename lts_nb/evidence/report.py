@@ -186,8 +186,10 @@ def block_grid(
     extra, groups = block['extra'], block['groups']
     head = [[('', 1 + len(extra))] + [(g, len(cs)) for g, cs in groups],
             [('', 1)] + [(e, 1) for e in extra] + [(c, 1) for _, cs in groups for c in cs]]
-    body = [[(label, False)] + [(v[i], False) for v in extra.values()]
-            + [cs[c][i] for _, cs in groups for c in cs] for i, label in enumerate(block['labels'])]
+    body = []
+    for i, label in enumerate(block['labels']):
+        line = [(label, False)] + [(v[i], False) for v in extra.values()]
+        body.append(line + [cs[c][i] for _, cs in groups for c in cs])
     return dict(caption=block['title'], wrap=[], head=head, body=body)
 
 def frame_grid(
@@ -195,11 +197,13 @@ def frame_grid(
     wrap=(),  # columns of running text
 )->dict:      # as `block_grid`
     "A data frame as lines of cells."
-    show = lambda v: '–' if pd.isna(v) else f'{v:.{digits}f}'.replace('-', '−') if isinstance(v,
-                                                            float) else str(v)
+    def show(v):
+        if pd.isna(v): return '–'
+        return f'{v:.{digits}f}'.replace('-', '−') if isinstance(v, float) else str(v)
     return dict(caption=caption, wrap=[frame.columns.get_loc(c) for c in wrap],
                 head=[[(c, 1) for c in frame.columns]],
-                body=[[(show(v), False) for v in line] for line in frame.itertuples(index=False)])
+                body=[list(zip(map(show, line), [False]*len(line)))
+                      for line in frame.itertuples(index=False)])
 
 # %% ../../nbs/evidence/07_report.ipynb #ac65114f
 TITLES = {'1': 'Table 1: against the state of the art', '2': 'Table 2: ablation',

@@ -254,8 +254,8 @@ def _extra(table, labels, t):
         return {'backbone': [m.backbone.get(r, '–') for r in labels],
                 'DCRF': [m.dense_crf.get(r, '–') for r in labels]}
     if table == '2':
-        return {p: ['✓' if p in r.split('+') else '' for r in labels]
-                for p in ('Fusion', 'Filter', 'Seg', 'Lloc')}
+        def ticks(part): return ['✓' if part in r.split('+') else '' for r in labels]
+        return {part: ticks(part) for part in ('Fusion', 'Filter', 'Seg', 'Lloc')}
     if table == '6':
         at = t.dropna(subset=['ours at']).drop_duplicates('row').set_index('row')['ours at']
         return {'ours at': [f'{int(at[r])}×{int(at[r])}' if r in at else '–' for r in labels]}

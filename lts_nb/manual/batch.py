@@ -58,7 +58,8 @@ def make_plan(
     made_here = first.backbone.weights == 'pretrained'
     weights = [shared_backbone(r, out, root) for r in runs]
     plain = [r.plain() for r in runs]
-    modules = {m: run_modules(m) for m in {r.method for r in runs}}
+    methods = {r.method for r in runs}
+    modules = {m: run_modules(m) for m in methods}
     return dict(
         preset=first.preset, tables=list(tables or TABLES), seeds=seeds, out=str(out),
         root=str(root),
@@ -144,7 +145,8 @@ def plan(
     out, root = Path(out or default_out(preset)), Path(root or default_root(preset))
     runs, failed = runs_for(preset, tables, seeds, pretrain), _failed(out)
     seconds = run_seconds(runs, out, root)
-    hashes = {m: module_hashes(*run_modules(m)) for m in {r.method for r in runs}}
+    methods = {r.method for r in runs}
+    hashes = {m: module_hashes(*run_modules(m)) for m in methods}
     states = [(r.run, *run_state(r, out, hashes[r.method], failed), seconds[r.run]) for r in runs]
     return pd.DataFrame(states, columns=['run', 'state', 'why', 'seconds'])
 
@@ -196,6 +198,7 @@ def describe_plan(
     if missing: lines += [*missing, 'data/README.md says what each of them is, and whose.']
     return '\n'.join(lines)
 
+# %% ../../nbs/manual/03_batch.ipynb #c96deef8
 def describe_run(
     run:str,             # its name, as `lts plan` lists it
     preset:str='cpu',    # smoke, cpu, gpu or paper

@@ -152,8 +152,9 @@ def estimate(
     root,         # the data's folder
 )->dict:          # {run: seconds}; a run of which too little is known is left out
     "How long runs will take on the machine that was measured."
-    out, seen, work = {}, set(), {name: work_of(name, root)
-                                  for name in {c.dataset for c in configs}}
+    out, seen, work = {}, set(), {}
+    for c in configs:
+        if c.dataset not in work: work[c.dataset] = work_of(c.dataset, root)
     for c in configs:
         if work[c.dataset] is None or c.experiment not in rates['gflops']: continue
         key = c.dataset, c.data.size

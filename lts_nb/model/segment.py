@@ -37,7 +37,8 @@ class ASPP(nn.Module):
         self.project = conv_bn(width * (len(rates) + 2), width)
 
     def forward(self, x):  # (B,c_in,h,w) -> (B,width,h,w)
-        # everything: the image's mean, the same in every cell
+        # everything: the image's mean, the same in every cell (first, since the order in which x is
+        # used decides the order in which its gradient is added up, and so the last digit)
         pooled = self.pool(x).expand(-1, -1, *x.shape[-2:])
         # near and far: the same map at each rate
         seen = [branch(x) for branch in self.branches]

@@ -98,7 +98,8 @@ def evaluate(
     cut = [list(range(i, min(i + batch, n))) for i in range(0, n, batch)]
     scores = []
     batches = loader(samples, source, cut, workers)
-    for b in tqdm(batches, desc=f'scoring {samples.split}', unit='batch', disable=not progress, leave=False):
+    for b in tqdm(batches, desc=f'scoring {samples.split}', unit='batch', disable=not progress,
+                  leave=False):
         features, b = on_device(b, source, device)
         out = method.forward(model, features, b)
         probability = method.probability(out).cpu()
@@ -209,7 +210,8 @@ def pack_examples(
     examples:list,  # of a keeper
 )->dict:            # name -> array, as `figures.load_examples` reads them
     "Examples as the arrays of one file."
-    out = {k: np.array([e[k] for e in examples]) for k in ('sent_id', 'expression')}
+    out = {'sent_id': np.array([e['sent_id'] for e in examples]),
+           'expression': np.array([e['expression'] for e in examples])}
     for i, e in enumerate(examples):
         for k in ('image', 'prediction', 'truth', 'prior'):
             if e[k] is not None: out[f'{k}_{i}'] = e[k]
