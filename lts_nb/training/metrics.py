@@ -38,7 +38,8 @@ def summarise(
     union,        # n ints: pixels, each ≥ 1
 )->dict:          # n, and in percent: oIoU, mIoU, prec@0.5 … prec@0.9
     "The metrics of n samples. Raises `KitError` where there is none, or where a union is empty."
-    i, u = np.asarray(intersection, np.int64), np.asarray(union, np.int64)
+    i = np.asarray(intersection, np.int64)
+    u = np.asarray(union, np.int64)
     if not len(i) or i.shape != u.shape:
         raise KitError(f'{len(i)} intersections and {len(u)} unions cannot be summarised')
     if (u < 1).any():
@@ -127,7 +128,8 @@ def score_predictions(
 )->dict:        # n, and in percent: oIoU, mIoU, prec@0.5 … prec@0.9
     """Score a predictions file; nothing is skipped. Raises `KitError` naming missing, unknown or
     repeated sent_ids, wrong sizes and broken RLEs."""
-    predictions, sentences = read_predictions(path), refer.sentences_of(split)
+    predictions = read_predictions(path)
+    sentences = refer.sentences_of(split)
     wanted = {s.sent_id for _, s in sentences}
     missing = sorted(wanted - predictions.keys())
     unknown = sorted(predictions.keys() - wanted)
