@@ -10,7 +10,8 @@ __all__ = ['KINDS', 'BREAKDOWNS', 'expression_kind', 'sentences_frame', 'breakdo
 import re
 import matplotlib, matplotlib.pyplot as plt
 import numpy as np, pandas as pd, seaborn as sns
-from .tables import bootstrap_interval, image_totals, load_samples, metric_names, metrics_of
+from .tables import bootstrap_interval, image_totals, load_samples
+from .tables import metric_names, metrics_of
 from ..data.text import tokenize
 
 # %% ../../nbs/evidence/06_failures.ipynb #5def1d7c

@@ -27,9 +27,8 @@ class ASPP(nn.Module):
         rates,     # atrous rates; (6, 12, 18) belong to a map of 52 cells
     ):
         super().__init__()
-        near = conv_bn(c_in, width)
-        atrous = [conv_bn(c_in, width, 3, dilation=r) for r in rates]
-        self.branches = nn.ModuleList([near, *atrous])
+        self.branches = nn.ModuleList([conv_bn(c_in, width)])
+        for r in rates: self.branches.append(conv_bn(c_in, width, 3, dilation=r))
         self.pool = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),    # one value a channel and image …
             nn.Conv2d(c_in, width, 1),  # … therefore a bias and no batch normalisation
@@ -37,8 +36,7 @@ class ASPP(nn.Module):
         self.project = conv_bn(width * (len(rates) + 2), width)
 
     def forward(self, x):  # (B,c_in,h,w) -> (B,width,h,w)
-        # everything: the image's mean, the same in every cell (first, since the order in which x is
-        # used decides the order in which its gradient is added up, and so the last digit)
+        # everything: the image's mean, the same in every cell
         pooled = self.pool(x).expand(-1, -1, *x.shape[-2:])
         # near and far: the same map at each rate
         seen = [branch(x) for branch in self.branches]
