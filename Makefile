@@ -7,7 +7,7 @@ ARGS ?=
 BIN := .venv/bin
 LESSONS = $(shell $(BIN)/python tools/parts.py)
 
-.PHONY: help setup reproduce test test-kill test-fuzz check lessons pytest export readme docs clean
+.PHONY: help setup lab reproduce test test-kill test-fuzz check lessons pytest export readme docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -20,6 +20,9 @@ setup: .venv/.stamp ## .venv with the pinned versions; does nothing when it is u
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+lab: setup ## open JupyterLab at the front door; from afar: make lab ARGS="--no-browser --port 8888"
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/start/01_front_door.ipynb $(ARGS)
 
 reproduce: setup ## every table and figure of the paper, on the embedded benchmark: make reproduce ARGS="--preset smoke"
 	$(BIN)/lts reproduce $(ARGS)

@@ -72,7 +72,7 @@ def test_second_time_does_nothing(made):
 def test_changed_row_is_rerun_alone(made, monkeypatch):
     from lts_nb.evidence import experiments
     monkeypatch.setitem(experiments.EXPERIMENTS, 'lts-trans', {'model': {'locate': 'transformer', 'heads': 2}})
-    plan = batch.make_plan('smoke', [TABLE], 1, made.out, made.root)
+    plan = batch.make_plan(experiments.runs_for('smoke', [TABLE]), [TABLE], 1, made.out, made.root)
     other = made.base/'changed'
     shutil.copytree(made.out, other)
     (other/'plan.json').write_text(json.dumps(plan))

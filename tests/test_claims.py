@@ -69,7 +69,7 @@ def test_the_papers_own_numbers_bear_its_claims_out():
 def frames(tmp_path_factory):
     out = tmp_path_factory.mktemp('claims')
     for s in (0, 1, 2):
-        for c in runs_for('smoke', None, 1): fake_run(out, run_config(c['experiment'], c['dataset'], 'smoke', s))
+        for c in runs_for('smoke', None, 1): fake_run(out, run_config(c.experiment, c.dataset, 'smoke', s))
     results = load_results(out, 'smoke')
     effects = claims.effects_frame(results, 'smoke', draws=200)
     return results, effects, claims.claims_frame(results, 'smoke', effects)

@@ -8,10 +8,12 @@ import pytest
 from PIL import Image
 
 from lts_nb.manual import cli
-from lts_nb.evidence.experiments import module_hashes, run_config
+from lts_nb.evidence.experiments import run_config, run_hashes
 from lts_nb.training.metrics import write_predictions
 from lts_nb.data.refer import Refer
-from lts_nb.training.run import ensure_backbone, ensure_data, prepare, score_run, train_model, write_result
+from lts_nb.training.opening import ensure_backbone, ensure_data
+from lts_nb.training.run import prepare, score_run, write_result
+from lts_nb.training.train import train_model
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def trained(tmp_path_factory):
     ensure_backbone(config, out/'data', out)
     run = prepare(config, out/'data', out)
     history = train_model(run.model, run.samples('train'), run.source, config, run.acc, run.checkpoint)
-    result = write_result(run, history, score_run(run), module_hashes('training.run'))
+    result = write_result(run, history, score_run(run), run_hashes(config))
     refer = Refer(out/'data', 'refshapes')
     return SimpleNamespace(folder=run.folder, root=out/'data', out=out, result=result, refer=refer, image=refer.image_path(1))
 

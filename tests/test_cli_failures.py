@@ -170,7 +170,7 @@ def test_the_status_of_the_runs_is_the_status_of_the_command(lts, monkeypatch, s
     seen = []
     monkeypatch.setattr(batch, 'reproduce', lambda *args: seen.append(args) or status)
     assert lts('reproduce', '--table', '4', '--table', '1', '--seeds', '3', '--cores', '2').status == status
-    assert seen == [('cpu', ['4', '1'], 3, 2, None, None)]
+    assert seen == [('cpu', ['4', '1'], 3, 2, None, None, False)]
 
 
 def test_planning_changes_nothing(lts, tmp_path):

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from lts_nb.evidence.experiments import run_config
-from lts_nb.training.run import ensure_backbone, ensure_data, prepare, score_run, train_model
+from lts_nb.training.opening import ensure_backbone, ensure_data
+from lts_nb.training.run import prepare, score_run
+from lts_nb.training.train import train_model
 
 
 @pytest.fixture(scope='module')
@@ -18,8 +20,7 @@ def base(tmp_path_factory):
 def trained(base, name, **compute):
     "Weights and scores of a smoke run with another way of computing."
     config = run_config('lts', 'refshapes', 'smoke')
-    config['run'], config['splits'] = name, ['val']
-    config['compute'] |= compute
+    config = config.replace(run=name, splits=['val'], compute=config.compute.replace(**compute))
     run = prepare(config, base/'data', base/'out')
     train_model(run.model, run.samples('train'), run.source, config, run.acc)
     metrics = score_run(run)[0]['val']

@@ -26,7 +26,7 @@ from lts_nb.manual import predict
 from lts_nb.model.darknet import Darknet53, load_darknet_weights
 from lts_nb.errors import KitError
 from lts_nb.evidence.experiments import run_config
-from lts_nb.training.run import build_model, shared_backbone
+from lts_nb.training.opening import build_model, shared_backbone
 
 EXAMPLES = 1200*int(os.environ.get('FUZZ', 1))
 MEMORY = 3 << 30  # bytes that a reading may take beyond what the process has
@@ -238,7 +238,7 @@ def test_the_pictures(home, content, changes):
     ends_well(lambda: predict.read_picture(home/'x.img'))
 
 
-RESULT = dict(run='lts-refshapes-smoke-s0', experiment='lts', dataset='refshapes', preset='smoke', seed=0, config=dict(data=dict(size=128)), metrics=dict(val=dict(n=3, oIoU=50., mIoU=40.)),
+RESULT = dict(run='lts-refshapes-smoke-s0', experiment='lts', dataset='refshapes', preset='smoke', seed=0, config=run_config('lts', 'refshapes', 'smoke').plain(), metrics=dict(val=dict(n=3, oIoU=50., mIoU=40.)),
               ceiling=dict(val=dict(oIoU=90.)), controls=dict(val=dict(swapped=dict(oIoU=3.))), history=[dict(epoch=1, loss=2., seg=1., loc=1., samples=3, seconds=1.)],
               code=dict(commit='x', modules={}), versions={'torch': '2'}, hardware=dict(cpu='c', gpu=None), seconds=dict(total=1., train=1.), peak_memory_mb=1., parameters=3, gflops=.1, fingerprint='f')
 
@@ -278,17 +278,17 @@ def strangers_run(tmp_path_factory):
     "A run's folder as somebody may send it: small, sound, of random weights."
     out = tmp_path_factory.mktemp('stranger')
     config = run_config('lts', 'refshapes', 'smoke')
-    config['data']['size'] = 64
-    folder, b = out/'runs'/config['run'], config['backbone']
+    config = config.replace(data=config.data.replace(size=64))
+    folder, b = out/'runs'/config.run, config.backbone
     folder.mkdir(parents=True)
-    net = Darknet53(b['width'], tuple(b['depths']), b['neck'])
+    net = Darknet53(b.width, b.depths, b.neck)
     weights = shared_backbone(config, out, out)
     weights.parent.mkdir()
     pretrain.save_backbone(net, weights)
     model = build_model(config, VOCAB, net.channels)
     fit.save_checkpoint(folder/'checkpoint.pt', model, torch.optim.Adam(model.parameters()), dict(epoch=1), 'config')
     (folder/'vocab.json').write_text(VOCAB.to_json())
-    (folder/'result.json').write_text(json.dumps(dict(config=config)))
+    (folder/'result.json').write_text(json.dumps(dict(config=config.plain())))
     return folder
 
 
@@ -359,7 +359,7 @@ def test_archives_that_unpack_without_end(tmp_path):
     torch.save(dict(model=torch.zeros(1 << 24), config='x'), tmp_path/'checkpoint.pt')
     packed_again(tmp_path/'checkpoint.pt')
     with pytest.raises(KitError, match='would unpack'): fit.load_checkpoint(tmp_path/'checkpoint.pt', 'config')
-    with pytest.raises(KitError, match='would unpack'): predict._load_weights(torch.nn.Linear(2, 2), tmp_path/'checkpoint.pt')
+    with pytest.raises(KitError, match='would unpack'): predict._load_weights(torch.nn.Linear(2, 2), tmp_path)
     with zipfile.ZipFile(tmp_path/'worst.npz', 'w', zipfile.ZIP_DEFLATED) as z:
         with z.open('hit.npy', 'w') as f:
             for _ in range(17): f.write(bytes(1 << 26))

@@ -37,7 +37,9 @@ def machine():
 def smoke_lts(folder):
     "Pretrain, train and score the smoke preset's LTS; what came out, and on what machine."
     from lts_nb.evidence.experiments import run_config
-    from lts_nb.training.run import ensure_backbone, ensure_data, prepare, score_run, train_model
+    from lts_nb.training.opening import ensure_backbone, ensure_data
+    from lts_nb.training.run import prepare, score_run
+    from lts_nb.training.train import train_model
     config = run_config('lts', 'refshapes', 'smoke')
     root, out = folder/'data', folder/'out'
     ensure_data(config, root)

@@ -8,8 +8,8 @@ import pytest
 
 from conftest import ROOT
 from lts_nb.manual import batch
-from lts_nb.evidence.experiments import run_config
-from lts_nb.training.run import ensure_backbone, ensure_data
+from lts_nb.evidence.experiments import run_config, runs_for
+from lts_nb.training.opening import ensure_backbone, ensure_data
 
 EVIL = ['<img src=x onerror=alert(1)>', '</script><script>alert(2)</script>', '\\input{/etc/passwd} $x_1$', '| a | b |\n|---|---|', '=cmd()', '\x1b]0;mine\x07 [link](javascript:alert(3))']
 RAW = '<img src=x', '<script>alert', '</script><script', '\x1b]0;mine', '\\input{/etc'
@@ -34,7 +34,7 @@ def made(tmp_path_factory):
     ensure_backbone(config, root, out)
     subprocess.run([sys.executable, '-m', 'papermill', ROOT/'nbs'/'runs'/'train.ipynb', out/'train.ipynb', '--cwd', ROOT/'nbs'/'runs', '-k', 'python3', '--no-progress-bar',
                     '-p', 'out', out, '-p', 'root', root, '-p', 'dataset', 'refshapes'], check=True, capture_output=True)
-    (out/'plan.json').write_text(json.dumps(plan := batch.make_plan('smoke', ['4'], 1, out, root)))
+    (out/'plan.json').write_text(json.dumps(plan := batch.make_plan(runs_for('smoke', ['4']), ['4'], 1, out, root)))
     batch.make_report(out, plan)
     return out
 

@@ -8,9 +8,10 @@ from lts_nb.training.features import LiveFeatures
 from lts_nb.training.fit import fit
 from lts_nb.model.losses import lts_loss
 from lts_nb.model.lts import LTS, LTSConfig
+from lts_nb.model.method import method_named
 from lts_nb.data.refer import Refer
 from lts_nb.data.text import build_vocab, tokenize
-from lts_nb.training.run import evaluate, split_metrics
+from lts_nb.training.scoring import evaluate, split_metrics
 
 SIZE, EPOCHS = 160, 60
 
@@ -45,7 +46,7 @@ def test_overfits_the_val_sentences(micro):
 
     fit(model, loss_of, batches, EPOCHS, lr=2e-3, decay=45)
     model.eval()
-    scores = evaluate(model.lts, samples, LiveFeatures(refer, model.backbone, SIZE), progress=False)
+    scores = evaluate(model.lts, samples, LiveFeatures(refer, model.backbone, SIZE), method_named('lts'), model.lts.cfg, progress=False)
     metrics = split_metrics(scores)
     print({k: round(v, 1) for k, v in metrics.items()})
     assert metrics['oIoU'] >= 80, metrics

@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 from lts_nb.manual import batch
 from lts_nb.manual.cli import app
 from lts_nb.model.darknet import Darknet53, darknet_floats, save_darknet_weights
-from lts_nb.evidence.experiments import module_hashes, run_config
+from lts_nb.evidence.experiments import run_config, run_hashes, runs_for
 from lts_nb.data.refer import Refer
 from lts_nb.data.text import build_vocab, tokenize
-from lts_nb.training.run import ensure_backbone, ensure_data, prepare, score_run, train_model, write_result
+from lts_nb.training.opening import ensure_backbone, ensure_data
+from lts_nb.training.run import prepare, score_run, write_result
+from lts_nb.training.train import train_model
 
 lts = lambda *args: CliRunner().invoke(app, [str(a) for a in args])
 
@@ -63,20 +65,19 @@ def made(micro, tmp_path_factory):
     write_weights(root/'darknet'/'yolov3.weights')
     write_vectors(root/'glove'/'glove.840B.300d.txt', words[::2])
     config = run_config('lts', 'refcoco', 'paper')
-    config['train'] |= dict(epochs=1, epoch_refs=8, batch=4)
-    config['splits'] = ['val', 'testA']
-    config['compute'] |= dict(threads=2, score_batch=8)
+    config = config.replace(train=config.train.replace(epochs=1, epoch_refs=8, batch=4), splits=['val', 'testA'],
+                            compute=config.compute.replace(threads=2, score_batch=8))
     ensure_data(config, root), ensure_backbone(config, root, out)
     run = prepare(config, root, out)
     history = train_model(run.model, run.samples('train'), run.source, config, run.acc, run.checkpoint)
-    result = write_result(run, history, score_run(run), module_hashes('training.run'))
-    (out/'plan.json').write_text(json.dumps(plan := batch.make_plan('paper', ['2'], 1, out, root)))
+    result = write_result(run, history, score_run(run), run_hashes(config))
+    (out/'plan.json').write_text(json.dumps(plan := batch.make_plan(runs_for('paper', ['2']), ['2'], 1, out, root)))
     batch.make_report(out, plan)
     return SimpleNamespace(root=root, out=out, run=run, config=config, result=result, words=words)
 
 
 def test_two_steps_at_full_size(made):
-    assert made.config['data']['size'] == 416 and made.result['parameters'] > 70e6
+    assert made.config.data.size == 416 and made.result['parameters'] > 70e6
     assert [h['samples'] for h in made.result['history']] == [8]
     assert {s: m['n'] for s, m in made.result['metrics'].items()} == {'val': 45, 'testA': 18}
     assert all(0 <= m['oIoU'] <= 100 for m in made.result['metrics'].values())
@@ -109,7 +110,7 @@ def test_the_plan_misses_nothing_for_this_table(made):
 
 
 def test_it_is_evaluated_and_predicts_by_command(made, micro, tmp_path):
-    run = made.out/'runs'/made.config['run']
+    run = made.out/'runs'/made.config.run
     said = lts('evaluate', '--run', run, '--root', made.root, '--dataset', 'refcoco', '--split', 'testA')
     assert said.exit_code == 0 and abs(float(re.search(r'oIoU +([\d.]+)', said.output)[1]) - made.result['metrics']['testA']['oIoU']) < .2
     picture = next((micro/'images').rglob('*.jpg'))

@@ -16,7 +16,7 @@ def backwards(module, imported):
     "Those of a module's imports that lead to a later part."
     order = PARTS['imports']
     part = module.partition('.')[0]
-    if part in PARTS['ground']: return sorted(imported)
+    if part in PARTS['ground']: return sorted(set(imported) - set(PARTS['ground']))
     return [m for m in sorted(imported) if m not in PARTS['ground'] and order.index(m.partition('.')[0]) > order.index(part)]
 
 
@@ -48,8 +48,8 @@ def test_no_notebook_stands_outside_the_parts():
 
 
 def test_notebook_and_module_have_one_name():
-    made = {re.search(r'File to edit: (?:\.\./)+nbs/(\S+)', (ROOT/'lts_nb'/(m.replace('.', '/') + '.py')).read_text())[1]: m
+    made = {re.search(r'File to edit: (?:\.\./)+nbs/(\S+)\.ipynb', (ROOT/'lts_nb'/(m.replace('.', '/') + '.py')).read_text())[1]: m
             for m in MODULES}
     for notebook, module in made.items():
-        part, name = notebook.removesuffix('.ipynb').split('/')
+        part, name = notebook.split('/')
         assert module in (f'{part}.{name[3:]}', name[3:])

@@ -10,11 +10,13 @@ import torch
 from PIL import ImageOps
 
 from lts_nb.errors import KitError
-from lts_nb.evidence.experiments import module_hashes, run_config
+from lts_nb.evidence.experiments import run_config, run_hashes
 from lts_nb.training.metrics import score_predictions
 from lts_nb.manual.predict import evaluate_run, load_run, overlay, predict, predict_file, read_picture, reading_notes
 from lts_nb.data.refer import Refer, decode_rle
-from lts_nb.training.run import ensure_backbone, ensure_data, prepare, score_run, train_model, write_result
+from lts_nb.training.opening import ensure_backbone, ensure_data
+from lts_nb.training.run import prepare, score_run, write_result
+from lts_nb.training.train import train_model
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +29,7 @@ def made(tmp_path_factory):
         ensure_backbone(config, out/'data', out)
         run = prepare(config, out/'data', out)
         history = train_model(run.model, run.samples('train'), run.source, config, run.acc, run.checkpoint)
-        write_result(run, history, score_run(run), module_hashes('training.run'))
+        write_result(run, history, score_run(run), run_hashes(config))
         folders[experiment] = run.folder
     refer = Refer(out/'data', 'refshapes')
     return SimpleNamespace(out=out, root=out/'data', lts=folders['lts'], plain=folders['fusion-seg'], refer=refer,
@@ -89,8 +91,8 @@ def edit(change):
     (damage('result.json', b''), 'cannot be read'), (damage('result.json', b'\xff\xfe'), 'cannot be read'), (damage('result.json', b'[1]'), 'no configuration'),
     (damage('vocab.json', b'\xff'), 'vocabulary of the run cannot be read'), (damage('vocab.json', b'{}'), 'vocabulary'),
     (damage('vocab.json', b'["<pad>", "<unk>", "ball"]'), 'checkpoint cannot be read'), (damage('checkpoint.pt', b''), 'checkpoint cannot be read'),
-    (edit(lambda r: r.pop('config')), 'no configuration'), (edit(lambda r: r['config'].pop('backbone')), "no model of this kit.*'backbone' is a required property"),
-    (edit(lambda r: r['config']['model'].update(novelty=1)), 'not one of this version'), (edit(lambda r: r['config'].update(data=3)), 'no model of this kit.*data: 3 is not'),
+    (edit(lambda r: r.pop('config')), 'no configuration'), (edit(lambda r: r['config'].pop('backbone')), "no model of this kit.*'backbone' is missing"),
+    (edit(lambda r: r['config']['model'].update(novelty=1)), 'novelty'), (edit(lambda r: r['config'].update(data=3)), 'no model of this kit.*data must be'),
     (edit(lambda r: r['config']['model'].update(gru_dim=18)), 'checkpoint cannot be read')])
 def test_a_damaged_run_is_named(copy, do, word):
     do(copy)

@@ -67,7 +67,7 @@ def test_damaged_pickles_never_escape(tmp_path_factory, data):
 def test_a_few_bytes_cannot_ask_for_gigabytes(tmp_path, raw):
     "The compiled unpickler keeps its memo as an array: `p100000000` alone takes 1.6 GB there."
     (tmp_path/'refs.p').write_bytes(raw)
-    code = ('import resource, sys\nfrom lts_nb.refer import KitError, load_restricted_pickle\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
+    code = ('import resource, sys\nfrom lts_nb.data.refer import KitError, load_restricted_pickle\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
             'try: load_restricted_pickle(sys.argv[1])\nexcept KitError: pass\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)')
     done = subprocess.run([sys.executable, '-c', code, tmp_path/'refs.p'], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and int(done.stdout) < 50_000, (done.stdout, done.stderr)  # KiB

@@ -19,20 +19,20 @@ EVIL = '<img src=x onerror=alert(1)></script> $x_1$ \\input{a} | & %'
 
 def fake_run(out, config, shift=0.):
     "A run folder as training leaves it, with numbers drawn from the run's name."
-    rng = np.random.default_rng(int(config_hash(config['run']), 16) % 2**32)
-    folder = out/'runs'/config['run']
+    rng = np.random.default_rng(int(config_hash(config.run), 16) % 2**32)
+    folder = out/'runs'/config.run
     folder.mkdir(parents=True)
     numbers = lambda: {'n': 60, **{m: round(float(rng.uniform(20, 80)) + shift, 3) for m in METRICS}, 'pointing': 50.}
-    metrics = {s: numbers() for s in config['splits']}
+    metrics = {s: numbers() for s in config.splits}
     union = rng.integers(50, 200, 60)
     samples = dict(sent_id=np.arange(60), ref_id=np.arange(60)//2, image_id=np.arange(60)//4, intersection=(union*rng.random(60)).astype(int), union=union, hit=rng.integers(0, 2, 60),
                    other_i=union//3, other_u=union, sentence=np.array([EVIL, 'left man']*30), area=rng.random(60)/5, same=rng.integers(1, 5, 60))
-    for s in config['splits']: np.savez(folder/f'samples-{s}.npz', **samples)
+    for s in config.splits: np.savez(folder/f'samples-{s}.npz', **samples)
     picture = rng.integers(0, 255, (20, 30, 3)).astype(np.uint8)
     for name in ('examples', 'worst'):
         np.savez(folder/f'{name}.npz', sent_id=np.array([1]), expression=np.array([EVIL]), image_0=picture, prior_0=picture[..., 0].astype(np.float16)/255,
                  prediction_0=picture[..., 0] > 99, truth_0=picture[..., 1] > 99)
-    result = dict({k: config[k] for k in ('run', 'experiment', 'dataset', 'preset', 'seed')}, config=config, metrics=metrics, ceiling={s: numbers() for s in metrics},
+    result = dict({k: getattr(config, k) for k in ('run', 'experiment', 'dataset', 'preset', 'seed')}, config=config.plain(), metrics=metrics, ceiling={s: numbers() for s in metrics},
         controls={s: {'swapped': numbers()} for s in metrics}, history=[dict(epoch=e, loss=9./e, seg=8./e, loc=1./e, lr=1e-3, samples=10, seconds=1.) for e in (1, 2)], fingerprint=EVIL,
         code=dict(version='0', commit='c', modules={}), versions={'torch': 't'}, hardware=dict(cpu='c', gpu=None), seconds=dict(train=1., total=2.), peak_memory_mb=1., parameters=5, gflops=.1)
     (folder/'result.json').write_text(json.dumps(result))
@@ -121,4 +121,4 @@ def test_an_unreadable_result_is_named(tmp_path):
 
 def test_adding_a_row_is_adding_a_line(monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, 'lts-scaled', {'model': {'scale_kernel': True}})
-    assert run_config('lts-scaled', 'refcoco', 'cpu')['model']['scale_kernel']
+    assert run_config('lts-scaled', 'refcoco', 'cpu').model.scale_kernel

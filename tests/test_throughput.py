@@ -30,9 +30,9 @@ def test_a_plan_is_measured_and_estimated(tmp_path, monkeypatch):
 def test_hours_of_the_papers_preset(tmp_path):
     throughput.keep_rates(tmp_path, RATES)
     said = plan('paper', '--table', 4, '--out', tmp_path, '--root', tmp_path/'none').output
-    ours = {r['run']: s for r, s in zip(runs_for('paper', ['4']), [0]*9)}
+    ours = {r.run for r in runs_for('paper', ['4'])}
     seconds = throughput.estimate(runs_for('paper', ['4']), RATES, tmp_path/'none')
-    assert set(seconds) == set(ours)
+    assert set(seconds) == ours
     assert f'about {sum(seconds.values())/3600:.0f} GPU hours left, 1 at a time' in said and 'a card' in said
     assert said.count('lts data fetch') == 6
 
@@ -44,10 +44,10 @@ def test_a_set_in_the_folder_is_counted(micro):
 def test_runs_that_took_time_here_come_first(tmp_path):
     throughput.keep_rates(tmp_path, RATES)
     run = run_config('lts', 'refcoco', 'paper')
-    (tmp_path/'runs'/run['run']).mkdir(parents=True)
-    (tmp_path/'runs'/run['run']/'result.json').write_text(json.dumps(dict(run, seconds=dict(total=77.))))
-    seconds = batch.run_seconds('paper', runs_for('paper', ['4']), tmp_path, tmp_path/'none')
-    assert seconds[run['run']] == 77 and all(s > 77 for r, s in seconds.items() if r != run['run'])
+    (tmp_path/'runs'/run.run).mkdir(parents=True)
+    (tmp_path/'runs'/run.run/'result.json').write_text(json.dumps(dict(run.plain(), seconds=dict(total=77.))))
+    seconds = batch.run_seconds(runs_for('paper', ['4']), tmp_path, tmp_path/'none')
+    assert seconds[run.run] == 77 and all(s > 77 for r, s in seconds.items() if r != run.run)
 
 
 @pytest.mark.parametrize('content', ['{}', 'x', '[1]', '{"train": "a"}', '['*100_000, json.dumps(dict(RATES, gflops=3)), json.dumps(dict(RATES, train=0)),
@@ -72,7 +72,7 @@ def test_counts_are_held_against_the_published(tiny_family, monkeypatch):
 
 def test_a_feature_cache_lives_as_long_as_a_run_wants_it(tmp_path):
     runs = [run_config(e, d, 'paper') for e, d in (('lts', 'refcoco'), ('fusion', 'refcoco'), ('lts', 'refcoco+'))]
-    (tmp_path/'plan.json').write_text(json.dumps(dict(runs=runs)))
+    (tmp_path/'plan.json').write_text(json.dumps(dict(runs=[r.plain() for r in runs])))
     def cache(name):
         source = CachedFeatures.__new__(CachedFeatures)
         source.folder = tmp_path/'shared'/'features'/name
@@ -80,8 +80,8 @@ def test_a_feature_cache_lives_as_long_as_a_run_wants_it(tmp_path):
         return source
     ours, theirs = cache('416-a'), cache('416-b')
     def finish(run, source):
-        (tmp_path/'runs'/run['run']).mkdir(parents=True)
-        (tmp_path/'runs'/run['run']/'result.json').write_text('{}')
+        (tmp_path/'runs'/run.run).mkdir(parents=True)
+        (tmp_path/'runs'/run.run/'result.json').write_text('{}')
         batch.release_features(tmp_path, run, source)
     finish(runs[0], ours)
     assert ours.folder.exists(), 'another run still reads it'

@@ -507,6 +507,14 @@ def _part_notes(results):
             "No number here can be held against the paper's."]
 
 # %% ../../nbs/evidence/07_report.ipynb #2d6c0c92
+def _backbone_notes(results):
+    "Whose backbone the runs stand on, where it is the one that the kit ships."
+    shipped = [r for r in results if (r.get('backbone') or {}).get('weights') == 'shipped']
+    if not shipped: return []
+    return [f'{len(shipped)} of {len(results)} runs stand on the backbone that the kit ships '
+            '(models/cpu), as the paper took a published one; '
+            'lts reproduce --pretrain makes it anew.']
+
 def _about(results, dataset):
     "What the report is made of, in two or three sentences."
     runs = f'{len(results)} run{"s"*(len(results) != 1)}'
@@ -519,7 +527,7 @@ def _about(results, dataset):
 
 def _write_page(DIR, preset, results, frame, frames, runs, missing, failed, evidence):
     "Render `index.html`."
-    notes = _part_notes(results)
+    notes = _backbone_notes(results) + _part_notes(results)
     notes += [f'This run failed: {r} (see runs/{r}/train.ipynb).' for r in failed]
     if missing: notes.append(f'Not run yet: {", ".join(missing)}.')
     about = _about(results, preset_of(preset)['datasets']['refcoco'])

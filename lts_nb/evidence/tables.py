@@ -15,7 +15,9 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from scipy import stats
 from ..errors import KitError, atomic_path, check_schema, check_unpacked, write_text
+from .experiments import EXPERIMENTS
 from .paper import dataset_titles, methods, published
+from ..training.config import RunConfig, method_of
 
 # %% ../../nbs/evidence/03_tables.ipynb #71712da4
 def _object(required=(), **properties):
@@ -29,16 +31,16 @@ SCHEMA = _object(('run', 'experiment', 'dataset', 'preset', 'seed', 'metrics'),
     seed={'type': 'integer', 'minimum': 0, 'maximum': 10**6},
     metrics=_each(_each(_number)), ceiling=_each(_each(_number)),
     controls=_each(_each(_each(_number))), history={'type': 'array', 'items': _each(_number)},
-    config=_object(data=_object(size={'type': 'integer'})), seconds=_each(_number),
-    versions={'type': 'object'}, code={'type': 'object'}, hardware={'type': 'object'},
-    parameters=_number, gflops=_number, peak_memory_mb=_number,
+    config={'type': 'object'}, seconds=_each(_number), versions={'type': 'object'},
+    code={'type': 'object'},
+    hardware={'type': 'object'}, parameters=_number, gflops=_number, peak_memory_mb=_number,
     backbone={'type': ['object', 'null']})
 
 def load_arrays(
     path,  # .npz of a run, perhaps a stranger's
 )->dict:   # name -> array
-    """Arrays as plain data. Raises whatever a damaged file makes of NumPy's reader,
-    and KitError beyond 1 GiB."""
+    """Arrays as plain data.
+    Raises whatever a damaged file makes of NumPy's reader, and KitError beyond 1 GiB."""
     check_unpacked(path, 2**30)
     with np.load(path, allow_pickle=False) as z: return {k: z[k] for k in z}
 
@@ -48,6 +50,7 @@ def _load(path):
     except (OSError, ValueError, RecursionError) as e:
         raise KitError(f'the result cannot be read: {e}', path, mend) from e
     check_schema(result, SCHEMA, 'the result is not one of ours', path, mend)
+    if 'config' in result: RunConfig.read(result['config'], path, mend)
     return {**result, 'folder': path.parent}
 
 # %% ../../nbs/evidence/03_tables.ipynb #5fcd0941
@@ -304,6 +307,15 @@ def _extra(table, labels, t):
         return {'ours at': [side.get(r, '–') for r in labels]}
     return {}
 
+def _notes(labels, t):
+    "What methods want a reader to know of their rows: a column, or nothing where none has notes."
+    experiment = t.dropna(subset=['experiment']).drop_duplicates('row').set_index('row').experiment
+    said = []
+    for label in labels:
+        known = EXPERIMENTS.get(experiment.get(label))
+        said.append('' if known is None else ' '.join(method_of(known.get('method', 'lts')).notes))
+    return {'notes': said} if any(said) else {}
+
 # %% ../../nbs/evidence/03_tables.ipynb #98bf4382
 def table_blocks(
     table:str,          # "1" … "7"
@@ -324,8 +336,9 @@ def table_blocks(
             for column, texts in _cells(g, name if group_by == 'metric' else 'IoU').items():
                 columns[column] = list(zip(texts, best.get(column, [False] * len(texts))))
             groups.append((dataset_titles.get(name, name), columns))
-        blocks.append(dict(title=dataset_titles.get(key, key), extra=_extra(str(table), labels, b),
-                           labels=labels, groups=groups))
+        extra = _extra(str(table), labels, b) | _notes(labels, b)
+        blocks.append(dict(title=dataset_titles.get(key, key), extra=extra, labels=labels,
+                           groups=groups))
     return blocks
 
 # %% ../../nbs/evidence/03_tables.ipynb #52b1b7f0

@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['KIT', 'default_out', 'default_root', 'committed', 'make_plan', 'run_state', 'known_seconds', 'run_seconds',
-           'at_a_time', 'plan', 'describe_plan', 'missing_inputs', 'seconds_left', 'failure_of', 'release_features',
-           'reproduce', 'make_report']
+           'at_a_time', 'plan', 'describe_plan', 'describe_run', 'missing_inputs', 'seconds_left', 'failure_of',
+           'release_features', 'reproduce', 'make_report']
 
 # %% ../../nbs/manual/03_batch.ipynb #cf6fe094
 import json, os, re, shutil, signal, subprocess, sys, time
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from ..errors import KitError, disk_error, write_text
+from ..errors import KitError, disk_error, unknown_name, write_text
 from ..training.features import CachedFeatures
 from ..training.fit import terminate_as_interrupt
-from ..evidence.experiments import TABLES, module_closure, module_hashes, preset_of, runs_for
+from ..evidence.experiments import EXTRA, TABLES, run_config
+from ..training.config import describe_config
+from ..evidence.experiments import module_closure, module_hashes, preset_of, run_hashes, run_modules, runs_for
 from .throughput import estimate, known_rates
-from ..training.run import ensure_data, shared_backbone
+from ..training.opening import ensure_data, shared_backbone
 
 # %% ../../nbs/manual/03_batch.ipynb #08757bc3
 KIT = Path(__file__).resolve().parents[2] if '__file__' in globals() else Path.cwd().resolve().parents[1]
@@ -44,17 +47,28 @@ def committed(
 
 # %% ../../nbs/manual/03_batch.ipynb #7e104ebd
 def make_plan(
-    preset:str, tables, seeds:int, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
-    out:Path, root:Path,           # the report's folder; the data's
+    runs:list,   # configurations, from `runs_for`
+    tables,      # the numbers of the tables that they are for; None: all
+    seeds:int,   # runs of each row
+    out:Path,    # the report's folder
+    root:Path,   # the data's
 )->dict: # written to OUT/plan.json
     "The runs that some tables need, with all that makes them stale."
-    p, runs = preset_of(preset), runs_for(preset, tables, seeds)
-    ours = p['backbone']['weights'] == 'pretrained'
+    first = runs[0]
+    made_here = first.backbone.weights == 'pretrained'
     weights = [shared_backbone(r, out, root) for r in runs]
-    return dict(preset=preset, tables=list(tables or TABLES), seeds=seeds, out=str(out), root=str(root), kit=str(KIT), python=sys.executable,
-        runs=runs, recipe=p['recipe'], pretrain=runs[0]['backbone'] if ours else None, threads=p['compute']['threads'], gpu=p['compute']['device'] != 'cpu',
-        backbone=str(weights[0].relative_to(out)) if ours else None, backbones=[str(w.relative_to(out)) if ours else str(w) for w in weights],
-        modules=dict(train=module_closure('training.run'), backbone=module_closure('training.pretrain')))
+    plain = [r.plain() for r in runs]
+    methods = {r.method for r in runs}
+    modules = {m: run_modules(m) for m in methods}
+    return dict(
+        preset=first.preset, tables=list(tables or TABLES), seeds=seeds, out=str(out),
+        root=str(root),
+        kit=str(KIT), python=sys.executable, runs=plain, recipe=plain[0]['data']['recipe'],
+        pretrain=plain[0]['backbone'] if made_here else None, threads=first.compute.threads,
+        gpu=first.compute.device != 'cpu',
+        backbone=str(weights[0].relative_to(out)) if made_here else None,
+        backbones=[str(w.relative_to(out)) if made_here else str(w) for w in weights],
+        modules=dict(methods=modules, backbone=module_closure('training.pretrain')))
 
 # %% ../../nbs/manual/03_batch.ipynb #91ab4be7
 def _result(out, run):
@@ -63,15 +77,16 @@ def _result(out, run):
 
 # %% ../../nbs/manual/03_batch.ipynb #552d43ef
 def run_state(
-    config:dict,  # of the run
+    config,       # of the run
     out,          # the report's folder
-    modules:dict, # hashes of the modules that training needs
+    modules:dict, # hashes of the modules that it needs, from `run_hashes`
     failed=(),    # names of runs whose last attempt failed
 )->tuple:         # (state, why)
     "Whether a run is done, stale, failed or missing, and why."
-    result = _result(out, config['run'])
-    if result is None: return ('failed', 'see its notebook') if config['run'] in failed else ('missing', '')
-    changed = [k for k in config if result['config'].get(k) != config[k]]
+    result, plain = _result(out, config.run), config.plain()
+    if result is None:
+        return ('failed', 'see its notebook') if config.run in failed else ('missing', '')
+    changed = [k for k in plain if result['config'].get(k) != plain[k]]
     if changed: return 'stale', f'its {", ".join(changed)} changed'
     edited = [m for m, h in modules.items() if result['code']['modules'].get(m) != h]
     return ('stale', f'edited: {", ".join(edited)}') if edited else ('done', '')
@@ -86,23 +101,27 @@ def known_seconds(
     if facts.exists():
         seconds = {(r.experiment, r.dataset): r.seconds for r in pd.read_csv(facts).itertuples()}
     for f in sorted((Path(out)/'runs').glob('*/result.json')):
-        if r := _result(out, f.parent.name): seconds[r['experiment'], r['dataset']] = r['seconds']['total']
+        if r := _result(out, f.parent.name):
+            seconds[r['experiment'], r['dataset']] = r['seconds']['total']
     return seconds
 
 # %% ../../nbs/manual/03_batch.ipynb #b1073de2
 def run_seconds(
-    preset:str, runs:list, # smoke, cpu, gpu or paper; configurations
-    out, root,             # the report's folder; the data's
+    runs:list, # configurations
+    out,       # the report's folder
+    root,      # the data's
 )->dict:  # {run: seconds, or None}
     "How long runs will take: as such runs took, else as a measurement of this machine makes it."
+    preset = runs[0].preset
     took = known_seconds(preset, out)
-    known = {r['run']: took.get((r['experiment'], r['dataset'])) for r in runs}
+    known = {r.run: took.get((r.experiment, r.dataset)) for r in runs}
     rates = known_rates(out, committed(preset))
-    guess = estimate([r for r in runs if known[r['run']] is None], rates, root) if rates else {}
+    guess = estimate([r for r in runs if known[r.run] is None], rates, root) if rates else {}
     return known | guess
 
 def at_a_time(
-    preset:str, cores=None, # smoke, cpu, gpu or paper; processors (None: all)
+    preset:str, # smoke, cpu, gpu or paper
+    cores=None, # processors; None: all
 )->int:
     "Runs at a time: as many as the processors' threads allow, one on a GPU."
     c = preset_of(preset)['compute']
@@ -115,21 +134,29 @@ def _failed(out):
 
 # %% ../../nbs/manual/03_batch.ipynb #a3874540
 def plan(
-    preset:str='cpu', tables=None, seeds:int=1, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
-    cores=None, out=None, root=None,            # processors (None: all); the report's and the data's folder (None: the preset's)
+    preset:str='cpu',    # smoke, cpu, gpu or paper
+    tables=None,         # table numbers; None: all
+    seeds:int=1,         # runs of each row
+    out=None,            # the report's folder; None: the preset's
+    root=None,           # the data's folder; None: the preset's
+    pretrain:bool=False, # make the backbone here, even where the kit ships one
 )->pd.DataFrame: # run, state, why, seconds (estimate; NaN where nothing is known)
     "Each run and its state; changes nothing."
     out, root = Path(out or default_out(preset)), Path(root or default_root(preset))
-    runs, modules, failed = runs_for(preset, tables, seeds), module_hashes('training.run'), _failed(out)
-    seconds = run_seconds(preset, runs, out, root)
-    states = [(r['run'], *run_state(r, out, modules, failed), seconds[r['run']]) for r in runs]
+    runs, failed = runs_for(preset, tables, seeds, pretrain), _failed(out)
+    seconds = run_seconds(runs, out, root)
+    methods = {r.method for r in runs}
+    hashes = {m: module_hashes(*run_modules(m)) for m in methods}
+    states = [(r.run, *run_state(r, out, hashes[r.method], failed), seconds[r.run]) for r in runs]
     return pd.DataFrame(states, columns=['run', 'state', 'why', 'seconds'])
 
 # %% ../../nbs/manual/03_batch.ipynb #07af7935
 def _time_left(seconds, preset, cores, gpu):
     "The time that runs will take, in words."
     if not len(seconds): return 'nothing to do'
-    if not seconds.notna().any(): return f'no run of this preset has been timed yet (lts plan --preset {preset} --measure times a few steps on this machine)'
+    if not seconds.notna().any():
+        return (f'no run of this preset has been timed yet (lts plan --preset {preset} --measure '
+                f'times a few steps on this machine)')
     jobs = at_a_time(preset, cores)
     hours = len(seconds)*seconds.mean()/jobs/3600
     unit = 'GPU hours' if gpu else 'hours'
@@ -138,42 +165,88 @@ def _time_left(seconds, preset, cores, gpu):
 def _rates_note(preset, out, rates, todo):
     "On what an estimate rests, where no such run has been timed."
     if not rates or known_seconds(preset, out) or not len(todo): return []
-    return [f"Measured on {rates['device']}: {rates['train']:.3g} sentences a second in training, {rates['score']:.3g} in scoring, {1/rates['feature_s']:.3g} images a second "
+    return [f"Measured on {rates['device']}: {rates['train']:.3g} sentences a second in "
+            f"training, {rates['score']:.3g} in scoring, {1/rates['feature_s']:.3g} images a "
+            f"second "
             "in the backbone (LTS); other rows by their operations."]
 
 # %% ../../nbs/manual/03_batch.ipynb #cf176bf4
 def describe_plan(
-    preset:str='cpu', tables=None, seeds:int=1, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
-    cores=None, out=None, root=None,            # processors (None: all); the report's and the data's folder (None: the preset's)
+    preset:str='cpu',    # smoke, cpu, gpu or paper
+    tables=None,         # table numbers; None: all
+    seeds:int=1,         # runs of each row
+    cores=None,          # processors; None: all
+    out=None,            # the report's folder; None: the preset's
+    root=None,           # the data's folder; None: the preset's
+    pretrain:bool=False, # make the backbone here, even where the kit ships one
 )->str:
     "The plan as text, with the time left where it can be estimated."
     out, root = Path(out or default_out(preset)), Path(root or default_root(preset))
-    table = plan(preset, tables, seeds, cores, out, root)
+    table = plan(preset, tables, seeds, out, root, pretrain)
     lines, todo = [], table[table.state != 'done']
     for r in table.itertuples():
-        took = '' if pd.isna(r.seconds) else f'{r.seconds:6.0f} s' if r.seconds < 9999 else f'{r.seconds/3600:6.1f} h'
+        took = ''
+        if not pd.isna(r.seconds):
+            took = f'{r.seconds:6.0f} s' if r.seconds < 9999 else f'{r.seconds/3600:6.1f} h'
         lines.append(f'{r.state:8} {r.run:40} {took}  {r.why}'.rstrip())
     counts = ', '.join(f'{n} {state}' for state, n in table.state.value_counts().items())
-    missing, rates = missing_inputs(preset, root, tables), known_rates(out, committed(preset))
+    missing, rates = missing_inputs(preset, root, tables, pretrain), known_rates(out,
+                                                            committed(preset))
     gpu = preset_of(preset)['compute']['device'] != 'cpu' and (not rates or rates['gpu'])
-    told = ['data/README.md says what each of them is, and whose.'] if missing else []
-    return '\n'.join([*lines, f'{counts}; {_time_left(todo.seconds, preset, cores, gpu)}.', *_rates_note(preset, out, rates, todo), *missing, *told])
+    lines.append(f'{counts}; {_time_left(todo.seconds, preset, cores, gpu)}.')
+    lines += _rates_note(preset, out, rates, todo)
+    if missing: lines += [*missing, 'data/README.md says what each of them is, and whose.']
+    return '\n'.join(lines)
+
+# %% ../../nbs/manual/03_batch.ipynb #c96deef8
+def describe_run(
+    run:str,             # its name, as `lts plan` lists it
+    preset:str='cpu',    # smoke, cpu, gpu or paper
+    tables=None,         # table numbers; None: all
+    seeds:int=1,         # runs of each row
+    pretrain:bool=False, # make the backbone here, even where the kit ships one
+)->str:
+    """A run's configuration, a line for each setting.
+    KitError with the nearest names where there is no such run."""
+    known = {r.run: r for r in runs_for(preset, tables, seeds, pretrain)}
+    for e in EXTRA:
+        extra = run_config(e, 'refcoco', preset, 0, pretrain)
+        known[extra.run] = extra
+    if run not in known: raise unknown_name(f'run of the preset {preset}', run, known)
+    lines = []
+    for name, value, described in describe_config(known[run]):
+        plain = json.dumps(asdict(value) if is_dataclass(value) else value, ensure_ascii=False)
+        lines.append(f'{name:24} {plain:24}  # {described}')
+    return '\n'.join(lines)
 
 # %% ../../nbs/manual/03_batch.ipynb #277a2d27
 def missing_inputs(
-    preset:str, root, # smoke, cpu, gpu or paper; the data's folder
-    tables=None,      # table numbers; None: all
+    preset:str,          # smoke, cpu, gpu or paper
+    root,                # the data's folder
+    tables=None,         # table numbers; None: all
+    pretrain:bool=False, # make the backbone here, even where the kit ships one
 )->list:  # sentences, empty where all is there
     "What some tables of a preset need and cannot make."
     p, root, out = preset_of(preset), Path(root), []
+    runs = runs_for(preset, tables, 1, pretrain)
     if p['recipe'] is None:
-        for name in dict.fromkeys(r['dataset'] for r in runs_for(preset, tables)):
-            if not (root/name/'instances.json').exists(): out.append(f'{name} is missing ({root/name}): lts data fetch {name} --root {root}')
-        if not any((root/d).is_dir() for d in ('images/mscoco/images/train2014', 'images/train2014', 'train2014')):
-            out.append(f'the COCO images are missing ({root}/images/mscoco/images/train2014): lts data fetch coco-train2014 --only-needed --root {root}')
-    if p['backbone']['weights'] != 'pretrained' and not (root/p['backbone']['weights']).exists():
-        out.append(f"the backbone weights are missing ({root/p['backbone']['weights']}): lts data fetch darknet --root {root}")
-    if p['vectors'] and not (root/p['vectors']).exists(): out.append(f"the word vectors are missing ({root/p['vectors']}): lts data fetch glove --root {root}")
+        for name in dict.fromkeys(r.dataset for r in runs):
+            if (root/name/'instances.json').exists(): continue
+            out.append(f'{name} is missing ({root/name}): lts data fetch {name} --root {root}')
+        places = 'images/mscoco/images/train2014', 'images/train2014', 'train2014'
+        if not any((root/place).is_dir() for place in places):
+            out.append(f'the COCO images are missing ({root}/{places[0]}): '
+                       f'lts data fetch coco-train2014 --only-needed --root {root}')
+    weights = shared_backbone(runs[0], root, root)
+    if p['backbone']['weights'] == 'shipped' and not pretrain and not weights.exists():
+        out.append(f'the backbone that the kit ships is missing ({weights}): lts reproduce '
+                   f'--pretrain makes one')
+    if p['recipe'] is None and not weights.exists():
+        out.append(f'the backbone weights are missing ({weights}): lts data fetch darknet --root '
+                   f'{root}')
+    if p['vectors'] and not (root/p['vectors']).exists():
+        out.append(f"the word vectors are missing ({root/p['vectors']}): lts data fetch glove "
+                   f"--root {root}")
     return out
 
 # %% ../../nbs/manual/03_batch.ipynb #99b0ce37
@@ -185,26 +258,31 @@ def _open_folder(out):
     except OSError as e: raise disk_error(e, out) from e
     lock = FileLock(out/'.lock')
     try: lock.acquire(timeout=0)
-    except Timeout: print(f'Another `lts` is at work in {out}; waiting for it.', flush=True); lock.acquire()
+    except Timeout:
+        print(f'Another `lts` is at work in {out}; waiting for it.', flush=True); lock.acquire()
     for f in out.rglob('.*.part'):  # what a killed process was about to put in its place
         if re.fullmatch(r'\..+\.\w{8}\.part', f.name): f.unlink(missing_ok=True)
     return lock
 
 # %% ../../nbs/manual/03_batch.ipynb #708fadc5
 def _command(out, cores, *config):
-    return [sys.executable, '-m', 'snakemake', '-s', str(KIT/'workflow'/'Snakefile'), '--directory', str(out), '--config', f'plan={out}/plan.json', *config,
-            '--cores', str(cores), '--resources', 'gpu=1', '--keep-going', '--rerun-incomplete', '--nolock', '--scheduler', 'greedy', '--quiet', 'rules']
+    return [sys.executable, '-m', 'snakemake', '-s', str(KIT/'workflow'/'Snakefile'), '--directory',
+            str(out), '--config', f'plan={out}/plan.json', *config,
+            '--cores', str(cores), '--resources', 'gpu=1', '--keep-going', '--rerun-incomplete',
+            '--nolock', '--scheduler', 'greedy', '--quiet', 'rules']
 
 # %% ../../nbs/manual/03_batch.ipynb #93d3fe98
-def _snakemake(out, plan, cores):
+def _snakemake(out, plan, runs, cores):
     "Run Snakemake with a progress bar; returns when it has ended. Ctrl-C ends it and its jobs."
-    begun, known = time.time(), run_seconds(plan['preset'], plan['runs'], out, plan['root'])
-    modules, results = module_hashes('training.run'), {r['run']: out/'runs'/r['run']/'result.json' for r in plan['runs']}
-    todo = {r['run']: known[r['run']] for r in plan['runs'] if run_state(r, out, modules)[0] != 'done'}
+    begun, known = time.time(), run_seconds(runs, out, plan['root'])
+    results = {r.run: out/'runs'/r.run/'result.json' for r in runs}
+    todo = {r.run: known[r.run] for r in runs if run_state(r, out, run_hashes(r))[0] != 'done'}
     with open(out/'snakemake.log', 'w') as log:
-        process = subprocess.Popen(_command(out, cores, 'tied=1'), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(_command(out, cores, 'tied=1'), stdin=subprocess.PIPE,
+                                   stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            with terminate_as_interrupt(): _watch(process, results, begun, out, todo, at_a_time(plan['preset'], cores))
+            with terminate_as_interrupt():
+                _watch(process, results, begun, out, todo, at_a_time(plan['preset'], cores))
         except BaseException:
             os.killpg(process.pid, signal.SIGINT)
             try: process.wait(30)
@@ -228,7 +306,8 @@ def seconds_left(
 
 # %% ../../nbs/manual/03_batch.ipynb #0141b645
 def _watch(process, results, begun, out, todo, jobs):
-    "Count finished runs until Snakemake ends; where nobody watches, a line every half minute is enough."
+    """Count finished runs until Snakemake ends;
+    where nobody watches, a line every half minute is enough."""
     first, shown, every = None, 0., .4 if sys.stderr.isatty() else 30
     form = '{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}'
     with tqdm(total=len(results), desc='runs', disable=not todo, bar_format=form) as bar:
@@ -236,9 +315,14 @@ def _watch(process, results, begun, out, todo, jobs):
             stage = _stage(out, begun)
             if stage and stage not in _SHARED.values(): first = first or time.time()
             if time.time() - shown > every:
-                took = {r: _result(out, r)['seconds']['total'] for r in todo if results[r].exists() and results[r].stat().st_mtime >= begun}
-                left, shown = seconds_left(todo, took, time.time() - first if first else 0., jobs), time.time()
-                bar.set_postfix_str(', '.join(filter(None, ['' if left is None else f'about {left/60:.0f} min left', stage])), refresh=False)
+                took = {r: _result(out, r)['seconds']['total'] for r in todo if results[r].exists()
+                        and results[r].stat().st_mtime >= begun}
+                left, shown = seconds_left(todo, took, time.time() - first if first else 0.,
+                                           jobs), time.time()
+                bar.set_postfix_str(', '.join(filter(None,
+                                                     ['' if left is None
+                                                      else f'about {left/60:.0f} min left',
+                                                      stage])), refresh=False)
                 bar.n = len(results) - len(todo) + len(took); bar.refresh()
             time.sleep(.5)
         bar.n = sum(f.exists() for f in results.values()); bar.refresh()
@@ -249,7 +333,8 @@ _SHARED = {'data': 'making data', 'pretrain': 'pretraining'}
 # %% ../../nbs/manual/03_batch.ipynb #352ece8d
 def _stage(out, begun):
     "What is being made at present, from the newest logs."
-    logs = [f for f in [*out.glob('shared/*.log'), *out.glob('runs/*/log.txt')] if f.stat().st_mtime >= begun]
+    logs = [f for f in [*out.glob('shared/*.log'), *out.glob('runs/*/log.txt')]
+            if f.stat().st_mtime >= begun]
     busy = [f for f in logs if f.name != 'log.txt' or not (f.parent/'result.json').exists()]
     runs = sorted(f.parent.name for f in busy if f.name == 'log.txt')
     if runs: return ', '.join(runs[:3])
@@ -274,7 +359,9 @@ def _last_error(notebook, log):
 # %% ../../nbs/manual/03_batch.ipynb #d2866c37
 def _say_failures(out, failed, shared):
     "Name every run that failed and where to look."
-    for run in failed: print(f"FAILED {run}: {failure_of(out, run)}\n       see {out/'runs'/run/'train.ipynb'}", flush=True)
+    for run in failed:
+        print(f"FAILED {run}: {failure_of(out, run)}\n       see {out/'runs'/run/'train.ipynb'}",
+              flush=True)
     if shared: print(f'FAILED before any run: see {shared}', flush=True)
 
 # %% ../../nbs/manual/03_batch.ipynb #45f5cb39
@@ -287,31 +374,44 @@ def _shared_failure(out, plan):
 # %% ../../nbs/manual/03_batch.ipynb #87fd8992
 def release_features(
     out,          # the report's folder
-    config:dict,  # of the run that has just finished
+    config,       # of the run that has just finished
     source,       # its features
 ):
-    "Delete a run's feature cache once no unfinished run of the plan needs it, where the preset wants that."
-    if config['compute'].get('keep_cache', True) or not isinstance(source, CachedFeatures): return
+    """Delete a run's feature cache once no unfinished run of the plan needs it, where the preset
+    wants that."""
+    if config.compute.keep_cache or not isinstance(source, CachedFeatures): return
     try: runs = json.loads((Path(out)/'plan.json').read_text())['runs']
     except (OSError, ValueError): return
-    of = lambda r: (r['data']['size'], r['data']['recipe'] or r['dataset'])  # a RefShapes family shares its images
-    if all((Path(out)/'runs'/r['run']/'result.json').exists() for r in runs if of(r) == of(config)): shutil.rmtree(source.folder, ignore_errors=True)
+    def cache(r):
+        # a RefShapes family shares its images
+        return r['data']['size'], r['data']['recipe'] or r['dataset']
+    same = [r['run'] for r in runs if cache(r) == cache(config.plain())]
+    if all((Path(out)/'runs'/run/'result.json').exists() for run in same):
+        shutil.rmtree(source.folder, ignore_errors=True)
 
 # %% ../../nbs/manual/03_batch.ipynb #2dff15a7
 def reproduce(
-    preset:str='cpu', tables=None, seeds:int=1, # smoke, cpu, gpu or paper; table numbers (None: all); runs of each row
-    cores=None, out=None, root=None,            # processors (None: all); the report's and the data's folder (None: the preset's)
+    preset:str='cpu',    # smoke, cpu, gpu or paper
+    tables=None,         # table numbers; None: all
+    seeds:int=1,         # runs of each row
+    cores=None,          # processors; None: all
+    out=None,            # the report's folder; None: the preset's
+    root=None,           # the data's folder; None: the preset's
+    pretrain:bool=False, # make the backbone here, even where the kit ships one
 )->int: # exit status: 0, or 1 where a run failed
     "Bring all runs of some tables up to date and write their report."
-    out, root = Path(out or default_out(preset)).resolve(), Path(root or default_root(preset)).resolve()
-    runs_for(preset, tables, seeds)
-    if missing := missing_inputs(preset, root, tables): raise KitError('the preset needs what is not there: ' + '; '.join(missing), mend='data/README.md says what each of them is, and whose')
+    out, root = Path(out or default_out(preset)).resolve(), Path(root
+                                                            or default_root(preset)).resolve()
+    runs = runs_for(preset, tables, seeds, pretrain)
+    if missing := missing_inputs(preset, root, tables, pretrain):
+        raise KitError('the preset needs what is not there: ' + '; '.join(missing),
+                       mend='data/README.md says what each of them is, and whose')
     lock = _open_folder(out)
     try:
-        the_plan = make_plan(preset, tables, seeds, out, root)
+        the_plan = make_plan(runs, tables, seeds, out, root)
         write_text(out/'plan.json', json.dumps(the_plan, indent=1, sort_keys=True))
-        _snakemake(out, the_plan, cores or os.cpu_count() or 1)
-        failed = [r['run'] for r in the_plan['runs'] if not (out/'runs'/r['run']/'result.json').exists()]
+        _snakemake(out, the_plan, runs, cores or os.cpu_count() or 1)
+        failed = [r.run for r in runs if not (out/'runs'/r.run/'result.json').exists()]
         shared = _shared_failure(out, the_plan) if failed else None
         write_text(out/'failed.json', json.dumps(failed))
         _say_failures(out, [] if shared else failed, shared)
@@ -324,23 +424,34 @@ def reproduce(
 # %% ../../nbs/manual/03_batch.ipynb #7b5739cf
 def _report_key(plan, out):
     "What decides a report: its results, its code, its plan."
-    results = {r['run']: (out/'runs'/r['run']/'result.json').stat().st_mtime_ns for r in plan['runs'] if (out/'runs'/r['run']/'result.json').exists()}
-    return json.loads(json.dumps(dict(results=results, modules=module_hashes('evidence.report'), tables=plan['tables'], seeds=plan['seeds'])))
+    results = {r['run']: (out/'runs'/r['run']/'result.json').stat().st_mtime_ns
+               for r in plan['runs'] if (out/'runs'/r['run']/'result.json').exists()}
+    return json.loads(json.dumps(dict(results=results, modules=module_hashes('evidence.report'),
+                                      tables=plan['tables'], seeds=plan['seeds'])))
 
 # %% ../../nbs/manual/03_batch.ipynb #3f350cc9
 def make_report(
     out, plan:dict,  # the report's folder; its plan
     failed=(),       # names of runs that failed
 )->str:              # a sentence about the PDF, '' where nothing had changed
-    "Make the report by its notebook, where anything that it shows has changed. KitError where that fails."
+    """Make the report by its notebook, where anything that it shows has changed.
+    KitError where that fails."""
     from lts_nb.evidence.report import print_pdf
     out, stamp = Path(out), Path(out)/'report.json'
     key = _report_key(plan, out)
-    if stamp.exists() and (out/'index.html').exists() and json.loads(stamp.read_text()) == key: return ''
-    command = [sys.executable, '-m', 'papermill', str(KIT/'nbs'/'runs'/'report.ipynb'), str(out/'report.ipynb'), '--cwd', str(KIT/'nbs'/'runs'), '-k', 'python3',
-               '--no-progress-bar', '-p', 'out', str(out), '-p', 'preset', plan['preset'], '-y', json.dumps(dict(tables=plan['tables'], failed=list(failed)))]
-    with open(out/'report.log', 'w') as log: status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    if status: raise KitError(f"the report could not be made ({_last_error(out/'report.ipynb', out/'report.log')}); the runs are kept", out/'report.ipynb', 'Read that notebook, then run the same command again')
+    if stamp.exists() and (out/'index.html').exists() and json.loads(stamp.read_text()) == key:
+        return ''
+    command = [sys.executable, '-m', 'papermill', str(KIT/'nbs'/'runs'/'report.ipynb'),
+               str(out/'report.ipynb'), '--cwd', str(KIT/'nbs'/'runs'), '-k', 'python3',
+               '--no-progress-bar', '-p', 'out', str(out), '-p', 'preset', plan['preset'], '-y',
+               json.dumps(dict(tables=plan['tables'], failed=list(failed)))]
+    with open(out/'report.log', 'w') as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    if status:
+        raise KitError(f"the report could not be made "
+                       f"({_last_error(out/'report.ipynb', out/'report.log')}); the runs are "
+                       f"kept", out/'report.ipynb', 'Read that notebook, then run the same '
+                                                    'command again')
     write_text(stamp, json.dumps(key))
     try: return print_pdf(out)
     except KitError as e: return str(e)
@@ -353,7 +464,8 @@ def _say_where(out, preset):
     if (theirs/'results.csv').exists() and theirs.resolve() != out:
         differs = compare_reports(theirs, out)
         beyond = differs[differs.beyond] if len(differs) else differs
-        print(f'{len(beyond)} of the numbers differ from {theirs} beyond their intervals (lts compare {theirs} {out}).')
+        print(f'{len(beyond)} of the numbers differ from {theirs} beyond their intervals (lts '
+              f'compare {theirs} {out}).')
         if len(beyond): print(beyond.head(12).to_string(index=False))
     print(f'The report: {out/"index.html"}', flush=True)
 
@@ -362,7 +474,7 @@ def _make_data(preset, root, stamp, workers):
     "Make the preset's RefShapes family and say so in a file."
     config = runs_for(preset, None, 1)[0]
     ensure_data(config, root, int(workers))
-    write_text(stamp, json.dumps(dict(root=str(root), recipe=config['data']['recipe'])))
+    write_text(stamp, json.dumps(dict(root=str(root), recipe=config.plain()['data']['recipe'])))
 
 if __name__ == '__main__' and sys.argv[1:2] == ['data']:
     try: _make_data(*sys.argv[2:6])

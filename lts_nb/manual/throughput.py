@@ -13,11 +13,15 @@ from ..model.darknet import Darknet53, split_backbone
 from ..errors import KitError, check_schema, write_text
 from ..evidence.experiments import EXPERIMENTS, preset_of, run_config, runs_for
 from ..training.features import LiveFeatures, build_features, cache_bytes
-from ..model.lts import count_flops, model_summary
+from ..model.method import count_flops
 from ..data.refer import PUBLISHED_COUNTS, Refer
 from ..data.shapes import Recipe, make_family
 from ..data.text import build_vocab
-from ..training.run import Run, build_model, environment, evaluate, set_up, train_model
+from ..training.config import BackboneConfig, method_of
+from ..training.opening import build_model, set_up
+from ..training.run import Run, environment
+from ..training.scoring import evaluate
+from ..training.train import train_model
 
 # %% ../../nbs/manual/02_throughput.ipynb #a36f4649
 def _counted(refer):
@@ -48,21 +52,21 @@ COCO_SIDES = 480, 640   # pixels
 def _open(config, root, folder):
     "As `train.prepare` does it, but on scenes made here and with random weights."
     run = Run(config, root, folder)
-    run.acc, b = set_up(config['compute'], 0), config['backbone']
+    run.acc, b = set_up(config.compute, 0), config.backbone
     n = SCENES.get(run.acc.device.type, 12)
-    side = (preset_of(config['preset'])['recipe'] or {}).get('side', COCO_SIDES)
+    side = (preset_of(config.preset)['recipe'] or {}).get('side', COCO_SIDES)
     make_family(root, Recipe(seed=1, train=n, val=n//4, testA=1, testB=1, side=tuple(side)))
     run.refer = Refer(root, 'refshapes')
     run.vocab = build_vocab(run.refer)
-    net = Darknet53(b['width'], tuple(b['depths']), b['neck']).eval().requires_grad_(False)
-    run.backbone, tail = split_backbone(net, b['tail'])
+    net = Darknet53(b.width, b.depths, b.neck).eval().requires_grad_(False)
+    run.backbone, tail = split_backbone(net, b.tail)
     run.model = build_model(config, run.vocab, net.channels, tail)
     return run
 
 # %% ../../nbs/manual/02_throughput.ipynb #3e21112d
 def _feature_seconds(run, folder):
     "Seconds an image in the frozen backbone, opening included; leaves the features in the run."
-    live = LiveFeatures(run.refer, run.backbone, run.config['data']['size'], run.acc.device)
+    live = LiveFeatures(run.refer, run.backbone, run.config.data.size, run.acc.device)
     ids = sorted(run.refer.images)
     live(ids[:2])
     began = time.perf_counter()
@@ -73,8 +77,8 @@ def _feature_seconds(run, folder):
 def _training_rate(run, seconds):
     "Sentences a second in training, loading included."
     def steps(n):
-        t = run.config['train'] | dict(epoch_refs=n*run.config['train']['batch'], epochs=1)
-        config = run.config | {'train': t}
+        t = run.config.train.replace(epoch_refs=n*run.config.train.batch, epochs=1)
+        config = run.config.replace(train=t)
         began = time.perf_counter()
         history = train_model(run.model, run.samples('train'), run.source, config, run.acc)
         return history[0]['samples'], time.perf_counter() - began
@@ -86,25 +90,26 @@ def _training_rate(run, seconds):
 # %% ../../nbs/manual/02_throughput.ipynb #5e2b2b41
 def _scoring_rate(run):
     "Sentences a second in scoring, at the original size."
-    samples, c = run.samples('val'), run.config['compute']
+    samples, c = run.samples('val'), run.config.compute
     began = time.perf_counter()
-    evaluate(run.model, samples, run.source, run.acc.device, c['score_batch'], c['workers'],
-             progress=False)
+    evaluate(run.model, samples, run.source, run.method, run.config.model, run.acc.device,
+             c.score_batch, c.workers, progress=False)
     return len(samples)/(time.perf_counter() - began)
 
 # %% ../../nbs/manual/02_throughput.ipynb #19d17a20
 def _operations(preset, vocab, device):
     "{experiment: (GFLOPs of the frozen backbone, of all that trains)} for one image and sentence."
-    out, b = {}, preset_of(preset)['backbone']
-    net = Darknet53(b['width'], tuple(b['depths']), b['neck']).eval()
-    frozen, tail = split_backbone(net, b['tail'])
+    out, b = {}, BackboneConfig(**preset_of(preset)['backbone'])
+    net = Darknet53(b.width, b.depths, b.neck).eval()
+    frozen, tail = split_backbone(net, b.tail)
     frozen = frozen.to(device)
     for e in EXPERIMENTS:
         config = run_config(e, 'refcoco', preset)
-        image = torch.zeros(1, 3, config['data']['size'], config['data']['size'], device=device)
+        method, size = method_of(config.method), config.data.size
+        image = torch.zeros(1, 3, size, size, device=device)
         body = count_flops(frozen, image)[0]/1e9
         model = build_model(config, vocab, net.channels, tail).to(device)
-        total = model_summary(model, frozen, image.shape[-1]).GFLOPs['total']
+        total = method.summary(model, frozen, size).GFLOPs['total']
         out[e] = round(body, 4), round(float(total) - body, 4)
     return out
 
@@ -118,7 +123,7 @@ def measure(
     train and score: sentences a second; feature_s and image_mb: of an image; gflops: of each
     experiment; beside them device, torch, precision, gpu and threads."""
     config = run_config('lts', 'refcoco', preset)
-    config['data'] |= dict(dataset='refshapes', vectors=None)
+    config = config.replace(data=config.data.replace(dataset='refshapes', vectors=None))
     with tempfile.TemporaryDirectory(prefix='lts-measure-') as folder:
         run = _open(config, Path(folder)/'data', Path(folder)/'out')
         feature_s, image_mb = _feature_seconds(run, Path(folder)/'features')
@@ -127,7 +132,7 @@ def measure(
         here = environment()
         hardware = here['hardware']
         return dict(
-            preset=preset, size=config['data']['size'], precision=run.acc.mixed_precision,
+            preset=preset, size=config.data.size, precision=run.acc.mixed_precision,
             torch=here['versions']['torch'], device=hardware['gpu'] or hardware['cpu'],
             gpu=run.acc.device.type == 'cuda', threads=hardware['threads'],
             **{k: round(v, 5) for k, v in rates.items()},
@@ -136,11 +141,10 @@ def measure(
 # %% ../../nbs/manual/02_throughput.ipynb #8f12120e
 def _seconds(c, work, rates, features_stand):
     "One run's seconds: steps, scoring, features."
-    own, lts = rates['gflops'][c['experiment']], rates['gflops']['lts']
-    body, rest = (a/b for a, b in zip(own, lts))
-    trained = (c['train']['epoch_refs'] or work['refs'])*c['train']['epochs']
-    scored = sum(work['sentences'].get(s, 0) for s in c['splits'])
-    room = work['images']*rates['image_mb']*body <= c['compute']['cache_gb']*1024
+    body, rest = (a/b for a, b in zip(rates['gflops'][c.experiment], rates['gflops']['lts']))
+    trained = (c.train.epoch_refs or work['refs'])*c.train.epochs
+    scored = sum(work['sentences'].get(s, 0) for s in c.splits)
+    room = work['images']*rates['image_mb']*body <= c.compute.cache_gb*1024
     images = (0 if features_stand else work['images']) if room else trained + scored
     steps = rest*(trained/rates['train'] + scored/rates['score'])
     return steps + body*rates['feature_s']*images
@@ -152,13 +156,13 @@ def estimate(
     root,         # the data's folder
 )->dict:          # {run: seconds}; a run of which too little is known is left out
     "How long runs will take on the machine that was measured."
-    out, seen = {}, set()
-    names = {c['dataset'] for c in configs}
-    work = {name: work_of(name, root) for name in names}
+    out, seen, work = {}, set(), {}
     for c in configs:
-        if work[c['dataset']] is None or c['experiment'] not in rates['gflops']: continue
-        key = c['dataset'], c['data']['size']
-        out[c['run']] = _seconds(c, work[c['dataset']], rates, key in seen)
+        if c.dataset not in work: work[c.dataset] = work_of(c.dataset, root)
+    for c in configs:
+        if work[c.dataset] is None or c.experiment not in rates['gflops']: continue
+        key = c.dataset, c.data.size
+        out[c.run] = _seconds(c, work[c.dataset], rates, key in seen)
         seen.add(key)
     return out
 
