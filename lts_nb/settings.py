@@ -6,7 +6,7 @@
 __all__ = ['sentence_of', 'Config']
 
 # %% ../nbs/manual/06_settings.ipynb #8fbbb3fb
-from typing import ClassVar, Literal, get_args, get_origin
+from typing import ClassVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 from .errors import KitError, unknown_name
 

@@ -1,5 +1,4 @@
 """Claims, intervals and verdicts: the paper's own differences, cases with a known answer, and how often the intervals hold the truth."""
-import re
 
 import numpy as np
 import pandas as pd

@@ -19,7 +19,7 @@ import pytest
 import websocket  # comes with JupyterLab
 from bs4 import BeautifulSoup
 
-from parts import notebooks
+from parts import modules, notebooks
 
 ROOT = Path(__file__).parent.parent
 LESSONS = [p.relative_to(ROOT/'nbs') for p in notebooks()]
@@ -41,7 +41,7 @@ def pages(site): return {p.relative_to(site): BeautifulSoup(p.read_text(), 'html
 
 def test_every_notebook_and_module_has_its_page(pages):
     assert {p.with_suffix('.html') for p in LESSONS} <= set(pages)
-    assert {Path('api')/p.relative_to(ROOT/'lts_nb').with_suffix('.html') for p in (ROOT/'lts_nb').rglob('*.py') if not p.name.startswith('_')} <= set(pages)
+    assert {Path('api')/p.relative_to(ROOT/'lts_nb').with_suffix('.html') for p in modules()} <= set(pages)
 
 
 def test_every_exported_function_is_on_its_api_page(pages):

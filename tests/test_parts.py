@@ -1,15 +1,13 @@
 "The house's order: an import never leads from an earlier part to a later one."
 import re
-from pathlib import Path
 
 import pytest
 
 from lts_nb.evidence.experiments import imported_modules
-from parts import ROOT, notebooks, read_parts, rooms
+from parts import ROOT, modules, notebooks, read_parts, rooms
 
 PARTS = read_parts()
-MODULES = sorted(str(p.relative_to(ROOT/'lts_nb').with_suffix('')).replace('/', '.')
-                 for p in (ROOT/'lts_nb').rglob('*.py') if not p.name.startswith('_'))
+MODULES = [str(p.relative_to(ROOT/'lts_nb').with_suffix('')).replace('/', '.') for p in modules()]
 
 
 def backwards(module, imported):

@@ -31,6 +31,13 @@ def notebooks(
     return [nbs/'index.ipynb', *of_parts, *others]
 
 
+def modules(
+    root=ROOT, # folder of a checkout
+)->list:       # paths of lts_nb's modules, sorted
+    "Every module of the package that a notebook exports."
+    return sorted(p for p in (Path(root)/'lts_nb').rglob('*.py') if not p.name.startswith('_'))
+
+
 def title_of(
     path,   # of a notebook
 )->tuple:   # (title, subtitle)

@@ -19,13 +19,12 @@ from mkdocs.structure.files import File
 from nbdev.showdoc import show_doc
 
 sys.path.insert(0, str(Path(__file__).parent))
-from parts import OTHERS, notebooks, read_parts, rooms, title_of
+from parts import OTHERS, modules, notebooks, read_parts, rooms, title_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
 sys.path.insert(0, str(ROOT))
-MODULES = sorted(str(p.relative_to(ROOT/'lts_nb').with_suffix('')) for p in (ROOT/'lts_nb').rglob('*.py')
-                 if not p.name.startswith('_'))  # 'model/fusion'
+MODULES = [str(p.relative_to(ROOT/'lts_nb').with_suffix('')) for p in modules()]  # 'model/fusion'
 MATHS = re.compile(r'\$\$(.+?)\$\$|(?<![\\$])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\d$])', re.S)
 LINK = re.compile(r'\]\(([^)#\s]+)')
 

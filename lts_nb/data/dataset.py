@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..errors import KitError, unknown_name
 from .letterbox import letterbox_geometry, letterbox_grid
 from .refer import Refer
-from .text import Vocab, build_vocab, encode, pad_batch
+from .text import Vocab, encode, pad_batch
 
 # %% ../../nbs/data/05_dataset.ipynb #26f39fea
 class Samples:
@@ -61,11 +61,10 @@ def grid(self:Samples,
     side = self.size//stride
     if (ann_id, stride) not in self._grids:
         mask, corner = self.refer.mask(ann_id), self.downsample == 'nearest'
-        self._grids[ann_id,
-                    stride] = np.packbits(letterbox_grid(mask, self.size, side, self.stretch,
-                                                         corner))
-    return np.unpackbits(self._grids[ann_id, stride], count=side**2).reshape(side,
-                                                            side).astype(bool)
+        cells = letterbox_grid(mask, self.size, side, self.stretch, corner)
+        self._grids[ann_id, stride] = np.packbits(cells)
+    bits = np.unpackbits(self._grids[ann_id, stride], count=side**2)
+    return bits.reshape(side, side).astype(bool)
 
 @patch
 def grids(self:Samples,
@@ -148,9 +147,8 @@ def batch(self:Samples,
 def _others_sentences(rows, ids, seed):
     "Each row's word ids from a row of another object; every sentence is used once."
     refs = sorted({ref.ref_id for ref, _ in rows})
-    rank = dict(zip(refs,
-                    torch.randperm(len(refs),
-                                   generator=torch.Generator().manual_seed(seed)).tolist()))
+    drawn = torch.randperm(len(refs), generator=torch.Generator().manual_seed(seed))
+    rank = dict(zip(refs, drawn.tolist()))
     source = sorted(range(len(rows)), key=lambda i: (rank[rows[i][0].ref_id], i))
     longest = max(Counter(ref.ref_id for ref, _ in rows).values())
     taken = source[longest:] + source[:longest]
@@ -176,9 +174,13 @@ def epoch_rows(self:Samples,
     if all_sentences: return _order(len(self), seed, epoch)
     refs = list(self._by_ref)
     n = n or len(refs)
-    walk = [refs[i] for k in range(epoch*n//len(refs), ((epoch + 1)*n - 1)//len(refs) + 1)
-            for i in _order(len(refs), seed, k, 1)]
-    start = epoch*n % len(refs)
+    # this epoch's places in one endless walk, whose every round visits each object once
+    first, last = epoch*n, (epoch + 1)*n - 1
+    walk = []
+    for k in range(first//len(refs), last//len(refs) + 1):
+        walk += [refs[i] for i in _order(len(refs), seed, k, 1)]
+    start = first % len(refs)
+    # one of each object's sentences
     draw = np.random.default_rng(np.random.SeedSequence((seed, epoch, 2))).random(n)
-    return [self._by_ref[r][int(u*len(self._by_ref[r]))] for r,
-            u in zip(walk[start:start + n], draw)]
+    rows = [self._by_ref[r] for r in walk[start:start + n]]
+    return [of_ref[int(u*len(of_ref))] for of_ref, u in zip(rows, draw)]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'EXTRA', 'SIZES_416', 'SPLITS_OF', 'ROWS', 'TABLES', 'ABLATION', 'SHAPES', 'PAPER', 'MAX_LEN', 'CPU',
-           'GPU', 'SMALL_SIZES', 'SHALLOW', 'DARKNET53', 'PRESETS', 'FROZEN', 'PACKAGE', 'Row', 'stride_of', 'blind_of',
-           'rows', 'preset_of', 'run_name', 'run_config', 'runs_for', 'imported_modules', 'module_closure',
-           'module_hashes', 'run_modules', 'run_hashes']
+           'GPU', 'SMALL_SIZES', 'SHALLOW', 'DARKNET53', 'PRESETS', 'FROZEN', 'PACKAGE', 'Row', 'method_for',
+           'stride_of', 'blind_of', 'rows', 'preset_of', 'run_name', 'run_config', 'runs_for', 'imported_modules',
+           'module_closure', 'module_hashes', 'run_modules', 'method_hashes', 'run_hashes']
 
 # %% ../../nbs/evidence/02_experiments.ipynb #a8c68482
 import ast, hashlib
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pandas as pd
 from ..errors import KitError, unknown_name
 from ..data.shapes import Recipe
+from ..model.method import Method
 from ..training.config import RunConfig, method_of
 
 # %% ../../nbs/evidence/02_experiments.ipynb #da59858b
@@ -88,13 +89,18 @@ TABLES = tuple(dict.fromkeys(r.table for r in ROWS))
 ABLATION = {r.row: r.experiment for r in ROWS if r.table == '2'}
 
 # %% ../../nbs/evidence/02_experiments.ipynb #eae993bf
+def method_for(
+    experiment:str,  # a key of EXPERIMENTS
+)->Method:
+    "The method that an experiment runs: LTS where it names none."
+    return method_of(EXPERIMENTS[experiment].get('method', 'lts'))
+
 def stride_of(
     experiment:str,  # a key of EXPERIMENTS
 )->int:              # 4 or 8
     "Pixels of input that a cell of an experiment's output covers, along one side."
-    e = EXPERIMENTS[experiment]
-    method = method_of(e.get('method', 'lts'))
-    return method.stride(method.config(**e.get('model', {})))
+    method = method_for(experiment)
+    return method.stride(method.config(**EXPERIMENTS[experiment].get('model', {})))
 
 def blind_of(
     experiment:str,  # a key of EXPERIMENTS
@@ -206,17 +212,16 @@ def run_config(
     role = next((r for r, ours in p['datasets'].items() if dataset in (r, ours)), None)
     if role is None: raise unknown_name('data set', dataset, list(p['datasets'].values()))
     e, ours = EXPERIMENTS[experiment], p['datasets'][role]
-    method = method_of(e.get('method', 'lts'))
+    method = method_for(experiment)
     size = p['large'] if e.get('size') == 'large' else p['sizes'][e.get('size', 4) - 1]
     data = dict(dataset=ours, size=size, max_len=MAX_LEN[role], recipe=p['recipe'],
                 vectors=p['vectors'])
     length = {'max_len': MAX_LEN[role]} if 'max_len' in method.config.model_fields else {}
     return RunConfig(
         run=run_name(experiment, ours, preset, seed), experiment=experiment, dataset=ours,
-        preset=preset,
-        seed=seed, method=method.name, splits=_splits(experiment, role),
-        data=data | e.get('data', {}), model=length | method.widths.get(preset, {})
-        | e.get('model', {}),
+        preset=preset, seed=seed, method=method.name, splits=_splits(experiment, role),
+        data=data | e.get('data', {}),
+        model=length | method.widths.get(preset, {}) | e.get('model', {}),
         backbone=_backbone(p, pretrain), train=p['train'] | e.get('train', {}),
         compute=p['compute'])
 
@@ -253,19 +258,24 @@ def runs_for(
 # %% ../../nbs/evidence/02_experiments.ipynb #590bf13b
 PACKAGE = Path(__file__).resolve().parents[1] if '__file__' in globals() else Path('../../lts_nb').resolve()
 
+def _source(name):
+    "The file of one of our modules, 'training.run'."
+    return PACKAGE/(name.replace('.', '/') + '.py')
+
 def imported_modules(
     name:str, # of one of our modules: 'training.run'
 )->set:       # names of ours that its source imports, at its top or within a function
     "What one module imports of the kit."
     here = f'lts_nb.{name}'.rpartition('.')[0]
     found = set()
-    for node in ast.walk(ast.parse((PACKAGE/(name.replace('.', '/') + '.py')).read_text())):
+    for node in ast.walk(ast.parse(_source(name).read_text())):
         if not isinstance(node, ast.ImportFrom): continue
         target = resolve_name('.'*node.level + (node.module or ''), here)
-        # `from lts_nb.data import refer` names modules, `from lts_nb.data.refer import Refer` names of one
+        # `from lts_nb.data import refer` names a module,
+        # `from lts_nb.data.refer import Refer` a name in one
         found |= {target, *(f'{target}.{alias.name}' for alias in node.names)}
     ours = {m.removeprefix('lts_nb.') for m in found if m.startswith('lts_nb.')}
-    return {m for m in ours if (PACKAGE/(m.replace('.', '/') + '.py')).exists()}
+    return {m for m in ours if _source(m).exists()}
 
 def module_closure(
     *names,   # of our modules: 'training.run'
@@ -283,9 +293,8 @@ def module_hashes(
     *names,   # of our modules
 )->dict:      # {module: 12 hex digits of its source}
     "Hashes of the modules that some modules need."
-    sources = {n: (PACKAGE/(n.replace('.', '/') + '.py')).read_bytes()
-               for n in module_closure(*names)}
-    return {n: hashlib.sha256(source).hexdigest()[:12] for n, source in sources.items()}
+    needed = module_closure(*names)
+    return {n: hashlib.sha256(_source(n).read_bytes()).hexdigest()[:12] for n in needed}
 
 def run_modules(
     method:str, # a method's name
@@ -296,8 +305,15 @@ def run_modules(
     rooms = [room.removeprefix('lts_nb.')] if room.startswith('lts_nb.') else []
     return module_closure('training.run', 'training.train', *rooms)
 
+def method_hashes(
+    runs:list, # configurations
+)->dict:       # {method: {module: 12 hex digits of its source}}
+    "Hashes of the modules that decide each method's runs; reading them takes a tenth of a second."
+    methods = {r.method for r in runs}
+    return {m: module_hashes(*run_modules(m)) for m in methods}
+
 def run_hashes(
     config:RunConfig, # of a run
 )->dict:              # {module: 12 hex digits of its source}
     "Hashes of the modules that decide a run."
-    return module_hashes(*run_modules(config.method))
+    return method_hashes([config])[config.method]

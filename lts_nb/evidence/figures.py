@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, seaborn as sns
 from ..errors import KitError, atomic_path
 from .experiments import ABLATION
-from .tables import load_arrays, results_frame
+from .tables import load_arrays
 
 # %% ../../nbs/evidence/04_figures.ipynb #6aec3d84
 def load_examples(

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from scipy import stats
 from ..errors import KitError, atomic_path, check_schema, check_unpacked, write_text
-from .experiments import EXPERIMENTS
+from .experiments import EXPERIMENTS, method_for
 from .paper import dataset_titles, methods, published
-from ..training.config import RunConfig, method_of
+from ..training.config import RunConfig
 
 # %% ../../nbs/evidence/03_tables.ipynb #71712da4
 def _object(required=(), **properties):
@@ -312,8 +312,8 @@ def _notes(labels, t):
     experiment = t.dropna(subset=['experiment']).drop_duplicates('row').set_index('row').experiment
     said = []
     for label in labels:
-        known = EXPERIMENTS.get(experiment.get(label))
-        said.append('' if known is None else ' '.join(method_of(known.get('method', 'lts')).notes))
+        name = experiment.get(label)
+        said.append(' '.join(method_for(name).notes) if name in EXPERIMENTS else '')
     return {'notes': said} if any(said) else {}
 
 # %% ../../nbs/evidence/03_tables.ipynb #98bf4382

@@ -19,7 +19,7 @@ from ..training.features import CachedFeatures
 from ..training.fit import terminate_as_interrupt
 from ..evidence.experiments import EXTRA, TABLES, run_config
 from ..training.config import describe_config
-from ..evidence.experiments import module_closure, module_hashes, preset_of, run_hashes, run_modules, runs_for
+from ..evidence.experiments import method_hashes, module_closure, module_hashes, preset_of, run_modules, runs_for
 from .throughput import estimate, known_rates
 from ..training.opening import ensure_data, shared_backbone
 
@@ -62,8 +62,7 @@ def make_plan(
     modules = {m: run_modules(m) for m in methods}
     return dict(
         preset=first.preset, tables=list(tables or TABLES), seeds=seeds, out=str(out),
-        root=str(root),
-        kit=str(KIT), python=sys.executable, runs=plain, recipe=plain[0]['data']['recipe'],
+        root=str(root), kit=str(KIT), python=sys.executable, runs=plain, recipe=plain[0]['data']['recipe'],
         pretrain=plain[0]['backbone'] if made_here else None, threads=first.compute.threads,
         gpu=first.compute.device != 'cpu',
         backbone=str(weights[0].relative_to(out)) if made_here else None,
@@ -145,8 +144,7 @@ def plan(
     out, root = Path(out or default_out(preset)), Path(root or default_root(preset))
     runs, failed = runs_for(preset, tables, seeds, pretrain), _failed(out)
     seconds = run_seconds(runs, out, root)
-    methods = {r.method for r in runs}
-    hashes = {m: module_hashes(*run_modules(m)) for m in methods}
+    hashes = method_hashes(runs)
     states = [(r.run, *run_state(r, out, hashes[r.method], failed), seconds[r.run]) for r in runs]
     return pd.DataFrame(states, columns=['run', 'state', 'why', 'seconds'])
 
@@ -167,8 +165,7 @@ def _rates_note(preset, out, rates, todo):
     if not rates or known_seconds(preset, out) or not len(todo): return []
     return [f"Measured on {rates['device']}: {rates['train']:.3g} sentences a second in "
             f"training, {rates['score']:.3g} in scoring, {1/rates['feature_s']:.3g} images a "
-            f"second "
-            "in the backbone (LTS); other rows by their operations."]
+            "second in the backbone (LTS); other rows by their operations."]
 
 # %% ../../nbs/manual/03_batch.ipynb #cf176bf4
 def describe_plan(
@@ -190,8 +187,8 @@ def describe_plan(
             took = f'{r.seconds:6.0f} s' if r.seconds < 9999 else f'{r.seconds/3600:6.1f} h'
         lines.append(f'{r.state:8} {r.run:40} {took}  {r.why}'.rstrip())
     counts = ', '.join(f'{n} {state}' for state, n in table.state.value_counts().items())
-    missing, rates = missing_inputs(preset, root, tables, pretrain), known_rates(out,
-                                                            committed(preset))
+    missing = missing_inputs(preset, root, tables, pretrain)
+    rates = known_rates(out, committed(preset))
     gpu = preset_of(preset)['compute']['device'] != 'cpu' and (not rates or rates['gpu'])
     lines.append(f'{counts}; {_time_left(todo.seconds, preset, cores, gpu)}.')
     lines += _rates_note(preset, out, rates, todo)
@@ -238,7 +235,7 @@ def missing_inputs(
             out.append(f'the COCO images are missing ({root}/{places[0]}): '
                        f'lts data fetch coco-train2014 --only-needed --root {root}')
     weights = shared_backbone(runs[0], root, root)
-    if p['backbone']['weights'] == 'shipped' and not pretrain and not weights.exists():
+    if runs[0].backbone.weights == 'shipped' and not weights.exists():
         out.append(f'the backbone that the kit ships is missing ({weights}): lts reproduce '
                    f'--pretrain makes one')
     if p['recipe'] is None and not weights.exists():
@@ -259,7 +256,8 @@ def _open_folder(out):
     lock = FileLock(out/'.lock')
     try: lock.acquire(timeout=0)
     except Timeout:
-        print(f'Another `lts` is at work in {out}; waiting for it.', flush=True); lock.acquire()
+        print(f'Another `lts` is at work in {out}; waiting for it.', flush=True)
+        lock.acquire()
     for f in out.rglob('.*.part'):  # what a killed process was about to put in its place
         if re.fullmatch(r'\..+\.\w{8}\.part', f.name): f.unlink(missing_ok=True)
     return lock
@@ -276,7 +274,8 @@ def _snakemake(out, plan, runs, cores):
     "Run Snakemake with a progress bar; returns when it has ended. Ctrl-C ends it and its jobs."
     begun, known = time.time(), run_seconds(runs, out, plan['root'])
     results = {r.run: out/'runs'/r.run/'result.json' for r in runs}
-    todo = {r.run: known[r.run] for r in runs if run_state(r, out, run_hashes(r))[0] != 'done'}
+    hashes = method_hashes(runs)
+    todo = {r.run: known[r.run] for r in runs if run_state(r, out, hashes[r.method])[0] != 'done'}
     with open(out/'snakemake.log', 'w') as log:
         process = subprocess.Popen(_command(out, cores, 'tied=1'), stdin=subprocess.PIPE,
                                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -317,12 +316,10 @@ def _watch(process, results, begun, out, todo, jobs):
             if time.time() - shown > every:
                 took = {r: _result(out, r)['seconds']['total'] for r in todo if results[r].exists()
                         and results[r].stat().st_mtime >= begun}
-                left, shown = seconds_left(todo, took, time.time() - first if first else 0.,
-                                           jobs), time.time()
-                bar.set_postfix_str(', '.join(filter(None,
-                                                     ['' if left is None
-                                                      else f'about {left/60:.0f} min left',
-                                                      stage])), refresh=False)
+                left = seconds_left(todo, took, time.time() - first if first else 0., jobs)
+                shown = time.time()
+                said = '' if left is None else f'about {left/60:.0f} min left'
+                bar.set_postfix_str(', '.join(filter(None, [said, stage])), refresh=False)
                 bar.n = len(results) - len(todo) + len(took); bar.refresh()
             time.sleep(.5)
         bar.n = sum(f.exists() for f in results.values()); bar.refresh()
@@ -400,8 +397,8 @@ def reproduce(
     pretrain:bool=False, # make the backbone here, even where the kit ships one
 )->int: # exit status: 0, or 1 where a run failed
     "Bring all runs of some tables up to date and write their report."
-    out, root = Path(out or default_out(preset)).resolve(), Path(root
-                                                            or default_root(preset)).resolve()
+    out = Path(out or default_out(preset)).resolve()
+    root = Path(root or default_root(preset)).resolve()
     runs = runs_for(preset, tables, seeds, pretrain)
     if missing := missing_inputs(preset, root, tables, pretrain):
         raise KitError('the preset needs what is not there: ' + '; '.join(missing),
@@ -448,10 +445,9 @@ def make_report(
     with open(out/'report.log', 'w') as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if status:
-        raise KitError(f"the report could not be made "
-                       f"({_last_error(out/'report.ipynb', out/'report.log')}); the runs are "
-                       f"kept", out/'report.ipynb', 'Read that notebook, then run the same '
-                                                    'command again')
+        why = _last_error(out/'report.ipynb', out/'report.log')
+        raise KitError(f'the report could not be made ({why}); the runs are kept',
+                       out/'report.ipynb', 'Read that notebook, then run the same command again')
     write_text(stamp, json.dumps(key))
     try: return print_pdf(out)
     except KitError as e: return str(e)

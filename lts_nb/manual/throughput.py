@@ -6,12 +6,12 @@
 __all__ = ['SCENES', 'COCO_SIDES', 'work_of', 'measure', 'estimate', 'keep_rates', 'known_rates']
 
 # %% ../../nbs/manual/02_throughput.ipynb #816844e6
-import copy, json, tempfile, time
+import json, tempfile, time
 from pathlib import Path
 import torch
 from ..model.darknet import Darknet53, split_backbone
 from ..errors import KitError, check_schema, write_text
-from ..evidence.experiments import EXPERIMENTS, preset_of, run_config, runs_for
+from ..evidence.experiments import EXPERIMENTS, preset_of, run_config
 from ..training.features import LiveFeatures, build_features, cache_bytes
 from ..model.method import count_flops
 from ..data.refer import PUBLISHED_COUNTS, Refer

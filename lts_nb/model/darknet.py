@@ -8,7 +8,6 @@ __all__ = ['YOLOV3_FLOATS', 'conv_bn', 'Residual', 'Darknet53', 'FrozenBackbone'
 
 # %% ../../nbs/model/01_darknet.ipynb #82befb1f
 import copy, os
-from pathlib import Path
 import numpy as np
 import torch
 from torch import nn

@@ -17,7 +17,8 @@ from .fusion import Fusion
 from .language import LanguageEncoder
 from .locate import RelevanceFilter, TransformerLocate, WordFilter
 from .losses import lts_loss
-from .method import Method, count_flops, register, summary_row, summary_table
+from .method import Method, blank_sample, count_flops, register
+from .method import summary_row, summary_table
 from .segment import Segment
 from ..settings import Config
 
@@ -96,7 +97,7 @@ class LTS(nn.Module):
     "Locate then segment: from the frozen backbone's features and a sentence to prior and mask."
     def __init__(self,
         cfg:LTSConfig,  # the switches
-        d_v,            # channels of (F_v1, F_v2, F_v3) as the fusion sees them: the whole backbone's `channels`
+        d_v,            # channels of (F_v1, F_v2, F_v3): the whole backbone's `channels`
         vocab_size:int, # rows of the embedding, padding and unknown included
         vectors=None,   # (vocab_size, emb_dim) initial embeddings
         tail=None,      # trainable end of the backbone from `split_backbone`; None: all is frozen
@@ -107,8 +108,7 @@ class LTS(nn.Module):
         self.cfg = cfg
         self.tail = nn.Identity() if tail is None else tail
         self.language = LanguageEncoder(vocab_size, cfg.emb_dim, cfg.gru_dim, cfg.text_dropout,
-                                        vectors,
-                                        cfg.freeze_vectors)
+                                        vectors, cfg.freeze_vectors)
         self.fusion = Fusion(d_v, d_text, cfg.d_m1, cfg.d_half, cfg.fuse)
         self.locate = LOCATE[cfg.locate](cfg, d_text, d_k)
         # Seg reads one channel more where there is a prior
@@ -167,11 +167,9 @@ def model_summary(
 ):                # DataFrame: part -> parameters, trainable, GFLOPs, and the shapes that leave it
     "Parameters, operations and shapes of each part for one image and sentence."
     was, rows = model.training, {}
-    device = next(model.parameters()).device
-    tokens = torch.ones(1, words, dtype=torch.long, device=device)
-    image = torch.zeros(1, 3, size, size, device=device)
-    for part, modules, flops, outs in _flow(model.eval(), backbone, image, tokens,
-                                            torch.tensor([words])):
+    image, batch = blank_sample(model, size, words)
+    passes = _flow(model.eval(), backbone, image, batch['tokens'], batch['lengths'])
+    for part, modules, flops, outs in passes:
         shapes = [f'{name} ' + '×'.join(map(str, out.shape[1:])) for name, out in outs.items()]
         rows[part] = summary_row(modules, flops, ', '.join(shapes))
     model.train(was)

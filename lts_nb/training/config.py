@@ -10,8 +10,8 @@ __all__ = ['DataConfig', 'PretrainConfig', 'BackboneConfig', 'TrainConfig', 'Com
 import importlib, pkgutil
 from dataclasses import fields
 from typing import Annotated, Literal
-from pydantic import Field, SerializeAsAny, field_validator
-from ..errors import KitError, unknown_name
+from pydantic import BeforeValidator, Field, SerializeAsAny
+from ..errors import unknown_name
 from ..settings import Config
 from ..data.shapes import Recipe
 from ..model.method import METHODS, Method, method_named
@@ -34,6 +34,8 @@ def _recipe(value):
         if name not in known: raise unknown_name('setting of a recipe', name, known)
     return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
 
+_Recipe = Annotated[Recipe | None, BeforeValidator(_recipe)]
+
 class DataConfig(Config):
     "The data of a run, and how it is shown to the model."
     part = 'data'
@@ -43,12 +45,11 @@ class DataConfig(Config):
     stretch: bool = Field(False, description='stretch the image instead of letterboxing it')
     downsample: Literal['nearest-exact', 'nearest'] = Field(
         'nearest-exact', description="how a mask becomes a grid; 'nearest' is MCN's")
-    recipe: Recipe | None = Field(None, description='of a RefShapes family; None: published data')
+    recipe: _Recipe = Field(None, description='of a RefShapes family; None: published data')
     vectors: _File | None = Field(None, description='word vectors, below the data; None: drawn')
     shuffle: bool = Field(False, description="the blind control: other objects' sentences")
     by: _Name | None = Field(None, description='partition; None: the usual one')
     vocab_split: _Name | None = Field(None, description='whose words are known; None: training')
-    _plain_recipe = field_validator('recipe', mode='before')(_recipe)
 
 # %% ../../nbs/training/05_config.ipynb #9718b6d1
 class PretrainConfig(Config):
@@ -73,8 +74,7 @@ class BackboneConfig(Config):
     weights: _File = Field('pretrained',
         description="'shipped' with the kit, 'pretrained' here, or a published file below the data")
     pretrain: PretrainConfig | None = Field(None, description='how ours are made')
-    recipe: Recipe | None = Field(None, description='of the pictures for that')
-    _plain_recipe = field_validator('recipe', mode='before')(_recipe)
+    recipe: _Recipe = Field(None, description='of the pictures for that')
 
 # %% ../../nbs/training/05_config.ipynb #4a27d8b2
 class TrainConfig(Config):

@@ -20,7 +20,7 @@ from ..data.refer import Refer
 from ..data.shapes import FAMILY, fingerprint, make_family, read_manifest
 from ..data.text import Vocab, build_vocab, load_vectors
 from ..model.darknet import Darknet53, load_darknet_weights, split_backbone
-from .config import BackboneConfig, ComputeConfig, RunConfig, method_of
+from .config import ComputeConfig, RunConfig, method_of
 from .features import LiveFeatures, build_features, feature_key
 from .fit import config_hash
 from .pretrain import load_backbone, pretrain, save_backbone

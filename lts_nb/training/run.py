@@ -44,8 +44,7 @@ class Run:
         `shuffle` deals out others' sentences (the blind control)."""
         d = self.config.data
         return Samples(self.refer, split, self.vocab, d.max_len, d.size, d.downsample, shuffle,
-                       d.stretch,
-                       self.method.needs)
+                       d.stretch, self.method.needs)
 
 # %% ../../nbs/training/09_run.ipynb #91e49e91
 def prepare(
@@ -88,8 +87,7 @@ def score_run(
         def keep(*scored):
             for keeper in keepers.values(): keeper(*scored)
         scores = evaluate(run.model, samples, run.source, run.method, run.config.model,
-                          run.acc.device,
-                          c.score_batch, c.workers, keep)
+                          run.acc.device, c.score_batch, c.workers, keep)
         save_arrays(run.folder/f'samples-{split}.npz', scores)
         for name, keeper in keepers.items():
             save_arrays(run.folder/f'{name}.npz', pack_examples(keeper.kept))
@@ -153,13 +151,12 @@ def write_result(
     parts = run.method.summary(run.model, run.backbone, c.data.size)[['parameters', 'GFLOPs']]
     seconds = dict(train=round(sum(h['seconds'] for h in history), 1),
                    total=round(time.time() - run.began, 1))
-    gpu_mb = round(torch.cuda.max_memory_allocated()/2**20,
-                   1) if torch.cuda.is_available() else None
+    on_gpu = torch.cuda.is_available()
+    gpu_mb = round(torch.cuda.max_memory_allocated()/2**20, 1) if on_gpu else None
     result = dict(
         run=c.run, experiment=c.experiment, dataset=c.dataset, preset=c.preset, seed=c.seed,
-        config=c.plain(),
-        metrics=metrics, ceiling=ceilings, controls={s: {'swapped': m} for s, m in swapped.items()},
-        history=history, fingerprint=run.fingerprint,
+        config=c.plain(), metrics=metrics, ceiling=ceilings,
+        controls={s: {'swapped': m} for s, m in swapped.items()}, history=history, fingerprint=run.fingerprint,
         backbone=dict(file=run.weights.name, md5=_md5(run.weights), weights=c.backbone.weights),
         code=dict(version=_version('lts-kit'), commit=_commit(), modules=modules), **environment(),
         seconds=seconds, peak_memory_mb=peak_memory_mb(), peak_gpu_mb=gpu_mb,

@@ -157,11 +157,8 @@ def _example(samples, sentence, ref, mask, prior, truth):
     "A scored sentence as a picture can show it."
     image, heat = samples.refer.open_image(ref.image_id), None
     if prior is not None:
-        heat = (
-            undo_letterbox(prior.sigmoid(), samples.geometry(ref.image_id))
-            .numpy()
-            .astype(np.float16)
-        )
+        heat = undo_letterbox(prior.sigmoid(), samples.geometry(ref.image_id))
+        heat = heat.numpy().astype(np.float16)
     return dict(sent_id=sentence.sent_id, expression=sentence.sent, image=image, prior=heat,
                 prediction=mask, truth=truth)
 
