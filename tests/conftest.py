@@ -22,3 +22,14 @@ def tiny_family(tmp_path_factory):
     root = tmp_path_factory.mktemp('tiny_family')
     make_family(root, Recipe(seed=0, train=5, val=3, testA=3, testB=3))
     return root
+
+
+@pytest.fixture(scope='session')
+def golden():
+    "A function: name -> arrays that an official code computed; the files are not part of the repository."
+    import numpy as np
+    path = Path(os.environ.get('LTS_GOLDEN') or ROOT.parent/'shared'/'golden')
+    if not path.is_dir(): pytest.skip(f'no golden values at {path}; LTS_GOLDEN may name another place')
+    def load(name):
+        with np.load(path/f'{name}.npz', allow_pickle=False) as arrays: return dict(arrays)
+    return load

@@ -62,11 +62,11 @@ class Method:
     title = ''             # in tables
     config = Config        # the class of its settings
     widths = {}            # preset -> settings that differ there from the defaults
+    rates = {}             # preset -> learning rate, where it is not the preset's own
     needs = ('mask',)      # targets that a batch carries: names of `data.dataset.TARGETS`
-    threshold = .5         # a pixel is object above this probability
+    threshold = .5         # a pixel is object above this probability; None: chosen on val
+    finishes = ('plain',)  # from probability to mask, its own way first: plain, crf, or of `finish`
     notes = ()             # sentences that its row carries, such as 'It learns from boxes too.'
-    # or a method (cfg, probability (H, W), image (H, W, 3)) -> probability (H, W)
-    postprocess = None
 
     def build(self,
         cfg:Config,    # its settings
@@ -78,10 +78,17 @@ class Method:
         "Its network."
         raise NotImplementedError
 
+    def inputs(self,
+        cfg:Config,      # its settings
+        sentences:list,  # of word lists, cut where tokens are cut
+    )->dict:             # name -> tensor with one row a sentence, beside tokens and lengths
+        "What `forward` reads of the words that their numbers do not tell, such as a parse."
+        return {}
+
     def forward(self,
         model:nn.Module, # from `build`
         features,        # of the frozen backbone, on the model's device
-        batch:dict,      # from the loader: tokens (B, T), lengths (B,), and what it `needs`
+        batch:dict,      # from the loader: tokens (B, T), lengths (B,), `inputs` and `needs`
     ):
         "The network's output for a batch, in the method's own form."
         return model(features, batch['tokens'], batch['lengths'])
@@ -105,6 +112,15 @@ class Method:
     ):                  # (B, 1, h', w') logits, float32, or None
         "Where the method thinks that the object is, if it says so."
         return None
+
+    def finish(self,
+        cfg:Config,  # its settings
+        name:str,    # of `finishes`: one that is the method's own
+        out,         # from `forward`
+        size:int,    # side of the input
+    )->torch.Tensor: # (B, 1, size, size) in 0 … 1, float32
+        "The probability map after a post-processing that needs more than the map."
+        raise NotImplementedError
 
     def stride(self,
         cfg:Config,  # its settings

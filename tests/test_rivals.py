@@ -1,0 +1,146 @@
+"""What every method of the part rivals owes: gradients, padding that changes nothing, eight samples learnt by heart."""
+import pytest
+import torch
+
+from lts_nb.data.refer import Refer
+from lts_nb.data.dataset import Samples
+from lts_nb.data.text import build_vocab, tokenize
+from lts_nb.evidence.experiments import run_config
+from lts_nb.model.method import METHODS
+from lts_nb.training.config import load_methods
+from lts_nb.training.features import LiveFeatures
+from lts_nb.training.metrics import intersection_union, summarise
+from lts_nb.training.opening import SHIPPED, open_backbone
+from lts_nb.training.scoring import evaluate
+
+load_methods()
+RIVALS = sorted(m for m, method in METHODS.items() if type(method).__module__.startswith('lts_nb.rivals'))
+# parameters whose gradient is exactly zero, and why: their room's notebook shows it
+ZERO = {'cmpc': ('tgfe', 'key.bias')}
+
+
+def settings_of(name, preset='smoke', **changes):
+    "A method and its settings at a preset, at 128 pixels."
+    method = METHODS[name]
+    size = {'size': 128} if 'size' in method.config.model_fields else {}
+    return method, method.config(**method.widths.get(preset, {}) | size | changes)
+
+
+def built(name, preset='smoke', seed=0, words=40):
+    method, cfg = settings_of(name, preset)
+    torch.manual_seed(seed)
+    return method, cfg, method.build(cfg, CHANNELS, range(words)).double()
+
+
+CHANNELS = 12, 10, 6
+
+
+def made_up(sentences, size=128, seed=1):
+    "Features and a batch of made-up sentences, lists of word numbers."
+    generator = torch.Generator().manual_seed(seed)
+    n, longest = len(sentences), max(map(len, sentences))
+    features = tuple(torch.rand(n, c, size//s, size//s, generator=generator, dtype=torch.double)
+                     for c, s in zip(CHANNELS, (32, 16, 8)))
+    tokens = torch.zeros(n, longest, dtype=torch.long)
+    for i, s in enumerate(sentences): tokens[i, :len(s)] = torch.tensor(s)
+    return features, dict(tokens=tokens, lengths=torch.tensor([len(s) for s in sentences]))
+
+
+SENTENCES = [[5, 6, 7, 8, 9, 3], [10, 11], [12], [5, 13, 14]]
+
+
+def with_inputs(method, cfg, batch):
+    "A batch with what the method reads of the words themselves."
+    words = [[f'w{t}' for t in row[:n]] for row, n in zip(batch['tokens'].tolist(), batch['lengths'].tolist())]
+    return batch | method.inputs(cfg, words)
+
+
+@pytest.mark.parametrize('name', RIVALS)
+def test_padding_and_neighbours_change_nothing(name):
+    method, cfg, model = built(name)
+    model.eval()
+    features, batch = made_up(SENTENCES)
+    batch = with_inputs(method, cfg, batch)
+    with torch.no_grad():
+        together = method.probability(method.forward(model, features, batch))
+        for i, s in enumerate(SENTENCES):
+            alone = {'tokens': torch.tensor([s]), 'lengths': torch.tensor([len(s)])}
+            alone = with_inputs(method, cfg, alone)
+            one = method.probability(method.forward(model, tuple(f[i:i + 1] for f in features), alone))
+            torch.testing.assert_close(together[i:i + 1], one, rtol=0, atol=1e-6)
+    assert together.std() > 0
+
+
+@pytest.mark.parametrize('name', RIVALS)
+def test_the_answer_is_a_map_on_the_grid_that_it_claims(name):
+    method, cfg, model = built(name)
+    features, batch = made_up(SENTENCES)
+    with torch.no_grad():
+        out = method.forward(model.eval(), features, with_inputs(method, cfg, batch))
+    p, side = method.probability(out), 128//method.stride(cfg)
+    assert p.shape == (4, 1, side, side) and p.dtype == torch.float32 and 0 <= p.min() and p.max() <= 1
+    assert method.title and method.notes is not None and method.threshold is None or 0 < method.threshold < 1
+
+
+@pytest.fixture(scope='module')
+def eight(tmp_path_factory):
+    "Eight sentences of eight objects on pictures, with the features of the shipped backbone."
+    from lts_nb.data.shapes import Recipe, make_family
+    root = tmp_path_factory.mktemp('eight')
+    make_family(root, Recipe(seed=5, train=8, val=2, testA=2, testB=2))
+    refer = Refer(root, 'refshapes')
+    frozen, _, channels = open_backbone(run_config('lts', 'refshapes', 'cpu'), SHIPPED/'backbone.safetensors')
+    vocab = build_vocab(refer)
+    rows = {}
+    for i, (ref, _) in enumerate(refer.sentences_of('train')): rows.setdefault(ref.image_id, i)
+    return refer, vocab, LiveFeatures(refer, frozen, 128), channels, list(rows.values())[:8]
+
+
+def eight_batch(method, cfg, eight):
+    "Their batch with the targets that a method needs."
+    refer, vocab, source, _, rows = eight
+    samples = Samples(refer, 'train', vocab, 15, 128, targets=method.needs)
+    batch = samples.batch(rows)
+    words = [tokenize(samples.rows[r][1].sent)[:15] for r in rows]
+    return samples, source(batch['images']), batch | method.inputs(cfg, words)
+
+
+@pytest.mark.parametrize('name', RIVALS)
+def test_every_parameter_learns(name, eight):
+    method, cfg = settings_of(name)
+    torch.manual_seed(0)
+    model = method.build(cfg, eight[3], eight[1])
+    _, features, batch = eight_batch(method, cfg, eight)
+    loss, parts = method.loss(cfg, method.forward(model.train(), features, batch), batch)
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(v) for v in parts.values())
+    without = [n for n, p in model.named_parameters() if p.requires_grad
+               and (p.grad is None or not p.grad.abs().max() > 0)]
+    assert [n for n in without if not all(part in n for part in ZERO.get(name, ('nothing is excused',)))] == []
+
+
+@pytest.mark.parametrize('name', RIVALS)
+def test_it_learns_eight_samples_by_heart(name, eight):
+    method, cfg = settings_of(name, 'cpu')
+    torch.manual_seed(0)
+    model = method.build(cfg, eight[3], eight[1]).train()
+    samples, features, batch = eight_batch(method, cfg, eight)
+    target = batch['mask'] if method.stride(cfg) == 4 else batch['prior']
+    optimiser = torch.optim.Adam(model.parameters(), lr=method.rates.get('cpu', 3e-3))
+    for step in range(400):
+        out = method.forward(model, features, batch)
+        if step % 20 == 19:
+            with torch.no_grad():
+                said = method.probability(out) > (method.threshold or .5)
+            i, u = (said & (target > 0)).flatten(1).sum(1), (said | (target > 0)).flatten(1).sum(1)
+            if i.sum()/u.sum() > .92: break
+        loss, _ = method.loss(cfg, out, batch)
+        optimiser.zero_grad(); loss.backward(); optimiser.step()
+    assert i.sum()/u.sum() >= .9, f'{name}: {float(i.sum()/u.sum()):.3f} after {step + 1} steps'
+
+
+@pytest.mark.parametrize('name', RIVALS)
+def test_its_settings_refuse_nonsense(name):
+    from lts_nb.errors import KitError
+    method = METHODS[name]
+    with pytest.raises(KitError, match='unknown|no setting|not'): method.config(nonsense=1)
