@@ -2,16 +2,9 @@
 import pytest
 import torch
 
-from lts_nb.data.refer import Refer
-from lts_nb.data.dataset import Samples
-from lts_nb.data.text import build_vocab, tokenize
-from lts_nb.evidence.experiments import run_config
 from lts_nb.model.method import METHODS
 from lts_nb.training.config import load_methods
-from lts_nb.training.features import LiveFeatures
-from lts_nb.training.metrics import intersection_union, summarise
-from lts_nb.training.opening import SHIPPED, open_backbone
-from lts_nb.training.scoring import evaluate
+from lts_nb.training.practice import by_heart, practice_batch, practice_set
 
 load_methods()
 RIVALS = sorted(m for m, method in METHODS.items() if type(method).__module__.startswith('lts_nb.rivals'))
@@ -83,34 +76,16 @@ def test_the_answer_is_a_map_on_the_grid_that_it_claims(name):
 
 
 @pytest.fixture(scope='module')
-def eight(tmp_path_factory):
-    "Eight sentences of eight objects on pictures, with the features of the shipped backbone."
-    from lts_nb.data.shapes import Recipe, make_family
-    root = tmp_path_factory.mktemp('eight')
-    make_family(root, Recipe(seed=5, train=8, val=2, testA=2, testB=2))
-    refer = Refer(root, 'refshapes')
-    frozen, _, channels = open_backbone(run_config('lts', 'refshapes', 'cpu'), SHIPPED/'backbone.safetensors')
-    vocab = build_vocab(refer)
-    rows = {}
-    for i, (ref, _) in enumerate(refer.sentences_of('train')): rows.setdefault(ref.image_id, i)
-    return refer, vocab, LiveFeatures(refer, frozen, 128), channels, list(rows.values())[:8]
-
-
-def eight_batch(method, cfg, eight):
-    "Their batch with the targets that a method needs."
-    refer, vocab, source, _, rows = eight
-    samples = Samples(refer, 'train', vocab, 15, 128, targets=method.needs)
-    batch = samples.batch(rows)
-    words = [tokenize(samples.rows[r][1].sent)[:15] for r in rows]
-    return samples, source(batch['images']), batch | method.inputs(cfg, words)
+def folder(tmp_path_factory): return tmp_path_factory.mktemp('practice')
 
 
 @pytest.mark.parametrize('name', RIVALS)
-def test_every_parameter_learns(name, eight):
+def test_every_parameter_learns(name, folder):
     method, cfg = settings_of(name)
+    practice = practice_set(folder, method, cfg)
     torch.manual_seed(0)
-    model = method.build(cfg, eight[3], eight[1])
-    _, features, batch = eight_batch(method, cfg, eight)
+    model = method.build(cfg, practice.channels, practice.vocab)
+    features, batch = practice_batch(practice)
     loss, parts = method.loss(cfg, method.forward(model.train(), features, batch), batch)
     loss.backward()
     assert torch.isfinite(loss) and all(torch.isfinite(v) for v in parts.values())
@@ -120,23 +95,11 @@ def test_every_parameter_learns(name, eight):
 
 
 @pytest.mark.parametrize('name', RIVALS)
-def test_it_learns_eight_samples_by_heart(name, eight):
+def test_it_learns_eight_samples_by_heart(name, folder):
     method, cfg = settings_of(name, 'cpu')
-    torch.manual_seed(0)
-    model = method.build(cfg, eight[3], eight[1]).train()
-    samples, features, batch = eight_batch(method, cfg, eight)
-    target = batch['mask'] if method.stride(cfg) == 4 else batch['prior']
-    optimiser = torch.optim.Adam(model.parameters(), lr=method.rates.get('cpu', 3e-3))
-    for step in range(400):
-        out = method.forward(model, features, batch)
-        if step % 20 == 19:
-            with torch.no_grad():
-                said = method.probability(out) > (method.threshold or .5)
-            i, u = (said & (target > 0)).flatten(1).sum(1), (said | (target > 0)).flatten(1).sum(1)
-            if i.sum()/u.sum() > .92: break
-        loss, _ = method.loss(cfg, out, batch)
-        optimiser.zero_grad(); loss.backward(); optimiser.step()
-    assert i.sum()/u.sum() >= .9, f'{name}: {float(i.sum()/u.sum()):.3f} after {step + 1} steps'
+    practice = practice_set(folder, method, cfg)
+    _, losses, ious = by_heart(method, cfg, practice, method.rates.get('cpu', 3e-3))
+    assert ious[-1][1] >= .9, f'{name}: {ious[-1][1]:.3f} after {len(losses)} steps'
 
 
 @pytest.mark.parametrize('name', RIVALS)

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..errors import KitError, unknown_name
 from .letterbox import letterbox_geometry, letterbox_grid
 from .refer import Refer
-from .text import Vocab, encode, pad_batch
+from .text import Vocab, encode, pad_batch, tokenize
 
 # %% ../../nbs/data/05_dataset.ipynb #26f39fea
 class Samples:
@@ -29,18 +29,20 @@ class Samples:
         shuffle:int|None=None,  # seed: give every row the sentence of another row (the blind control)
         stretch:bool=False,     # stretch the image instead of letterboxing it
         targets=('mask', 'prior'), # what a batch carries: names of `TARGETS`
+        inputs=None,            # list of word lists -> {name: tensor}: what a method reads beside ids
     ):
         for name in targets:
             if name not in TARGETS: raise unknown_name('target', name, TARGETS)
         self.refer, self.split, self.vocab = refer, split, vocab
         self.size, self.downsample, self.stretch = size, downsample, stretch
-        self.targets = tuple(targets)
+        self.targets, self.inputs = tuple(targets), inputs
         self.rows = refer.sentences_of(split)
         if not self.rows:
             raise KitError(f'the split {split!r} has no sentences', refer.root,
                            f'It has: {", ".join(refer.splits())}')
-        self.ids = [encode(s.sent, vocab, max_len) for _, s in self.rows]
-        if shuffle is not None: self.ids = _others_sentences(self.rows, self.ids, shuffle)
+        self.words = [tokenize(s.sent)[:max_len] for _, s in self.rows]
+        if shuffle is not None: self.words = _others_sentences(self.rows, self.words, shuffle)
+        self.ids = [encode(words, vocab, max_len) for words in self.words]
         self._by_ref, self._by_image, self._grids, self._boxes = {}, {}, {}, {}
         for row, (ref, _) in enumerate(self.rows):
             self._by_ref.setdefault(ref.ref_id, []).append(row)
@@ -141,11 +143,12 @@ def batch(self:Samples,
     tokens, lengths = pad_batch([self.ids[r] for r in rows])
     images = [self.rows[r][0].image_id for r in rows]
     wanted = {name: TARGETS[name](self, rows) for name in self.targets}
-    return dict(tokens=tokens, lengths=lengths, **wanted, images=images, rows=list(rows))
+    read = {} if self.inputs is None else self.inputs([self.words[r] for r in rows])
+    return dict(tokens=tokens, lengths=lengths, **read, **wanted, images=images, rows=list(rows))
 
 # %% ../../nbs/data/05_dataset.ipynb #95adfa4d
-def _others_sentences(rows, ids, seed):
-    "Each row's word ids from a row of another object; every sentence is used once."
+def _others_sentences(rows, said, seed):
+    "Each row's words from a row of another object; every sentence is used once."
     refs = sorted({ref.ref_id for ref, _ in rows})
     drawn = torch.randperm(len(refs), generator=torch.Generator().manual_seed(seed))
     rank = dict(zip(refs, drawn.tolist()))
@@ -153,7 +156,7 @@ def _others_sentences(rows, ids, seed):
     longest = max(Counter(ref.ref_id for ref, _ in rows).values())
     taken = source[longest:] + source[:longest]
     out = [None]*len(rows)
-    for target, other in zip(source, taken): out[target] = ids[other]
+    for target, other in zip(source, taken): out[target] = said[other]
     return out
 
 # %% ../../nbs/data/05_dataset.ipynb #a9ef52e9

@@ -216,13 +216,16 @@ def run_config(
     size = p['large'] if e.get('size') == 'large' else p['sizes'][e.get('size', 4) - 1]
     data = dict(dataset=ours, size=size, max_len=MAX_LEN[role], recipe=p['recipe'],
                 vectors=p['vectors'])
-    length = {'max_len': MAX_LEN[role]} if 'max_len' in method.config.model_fields else {}
+    # what some networks must know of the data: the longest sentence, the side of the input
+    known = dict(max_len=MAX_LEN[role], size=size)
+    told = {k: v for k, v in known.items() if k in method.config.model_fields}
+    rate = {'lr': method.rates[preset]} if preset in method.rates else {}
     return RunConfig(
         run=run_name(experiment, ours, preset, seed), experiment=experiment, dataset=ours,
         preset=preset, seed=seed, method=method.name, splits=_splits(experiment, role),
         data=data | e.get('data', {}),
-        model=length | method.widths.get(preset, {}) | e.get('model', {}),
-        backbone=_backbone(p, pretrain), train=p['train'] | e.get('train', {}),
+        model=told | method.widths.get(preset, {}) | e.get('model', {}),
+        backbone=_backbone(p, pretrain), train=p['train'] | rate | e.get('train', {}),
         compute=p['compute'])
 
 # %% ../../nbs/evidence/02_experiments.ipynb #a36aeca6

@@ -7,6 +7,7 @@ __all__ = ['PACKAGES', 'Run', 'prepare', 'score_run', 'environment', 'peak_memor
 
 # %% ../../nbs/training/09_run.ipynb #be8e7110
 import hashlib, importlib.metadata, json, os, platform, resource, subprocess, sys, time
+from functools import partial
 from pathlib import Path
 import psutil
 import torch
@@ -42,9 +43,9 @@ class Run:
     def samples(self, split, shuffle=None):
         """The sentences of a split with their targets;
         `shuffle` deals out others' sentences (the blind control)."""
-        d = self.config.data
+        d, m = self.config.data, self.config.model
         return Samples(self.refer, split, self.vocab, d.max_len, d.size, d.downsample, shuffle,
-                       d.stretch, self.method.needs)
+                       d.stretch, self.method.needs, partial(self.method.inputs, m))
 
 # %% ../../nbs/training/09_run.ipynb #91e49e91
 def prepare(
