@@ -49,7 +49,7 @@ class Toy(Method):
     name, title, config = 'toy', 'Toy', ToyConfig
     needs, threshold, notes = ('prior', 'box'), .4, ('It learns from boxes too.',)
     widths = {'smoke': {'width': 4}}
-    seen = []
+    seen, letters = [], []
     def build(self, cfg, channels, vocab, vectors=None, tail=None): return ToyNet(cfg, channels, len(vocab))
     def loss(self, cfg, out, batch):
         masks, boxes = bce(out[0], batch['prior']), (out[1] - batch['box']).abs().mean()
@@ -57,12 +57,18 @@ class Toy(Method):
         return masks + boxes, {'masks': masks.detach(), 'boxes': boxes.detach()}
     def probability(self, out): return out[0].float().sigmoid()
     def stride(self, cfg): return 8
-    def postprocess(self, cfg, probability, image):
-        assert image.shape[:2] == probability.shape and image.dtype == np.uint8
+    finishes = 'strip', 'plain'
+    def inputs(self, cfg, sentences): return {'letters': torch.tensor([len(''.join(s)) for s in sentences])}
+    def forward(self, model, features, batch):
+        # a summary has no words, so it has no inputs either
+        if 'letters' in batch: self.letters.append(batch['letters'].shape == batch['lengths'].shape)
+        return super().forward(model, features, batch)
+    def finish(self, cfg, name, out, size):
+        assert name == 'strip'
         # a strip at the left edge is always object: nobody else would do that
-        probability = probability.clone()
-        probability[:, 0] = 1.
-        return probability
+        big = nn.functional.interpolate(self.probability(out), size=(size, size), mode='bilinear')
+        big[..., :size//4] = 1.
+        return big
 
 
 @pytest.fixture(scope='module')
@@ -92,6 +98,7 @@ def test_it_trained_on_the_targets_that_it_asked_for(made):
     _, _, history = made
     assert history[-1]['loss'] < history[0]['loss'] and {'masks', 'boxes'} <= set(history[0])
     assert Toy.seen and all(targets == ['box', 'prior'] for targets in Toy.seen)
+    assert len(Toy.letters) > len(Toy.seen) and all(Toy.letters), 'training and scoring hand it its inputs'
 
 
 def test_its_result_tells_what_it_is(made):
@@ -113,6 +120,15 @@ def test_its_row_stands_in_table_1_with_its_note(made):
     for page in (out/'table1.md', out/'index.html'):
         text = page.read_text()
         assert 'Toy' in text and 'It learns from boxes too.' in text, page
+
+
+def test_its_other_finish_is_scored_too(made):
+    out, config, _ = made
+    result = json.loads((out/'runs'/config.run/'result.json').read_text())
+    own, plain = result['metrics']['val'], result['finishes']['plain']['val']
+    assert plain['n'] == own['n'] and plain['oIoU'] != own['oIoU'] and set(result['finishes']) == {'plain'}
+    curve = result['thresholds']['val']
+    assert len(curve) == 39 and abs(curve['0.4'] - own['oIoU']) < .05 and result['threshold'] == .4
 
 
 def test_it_predicts_with_its_threshold_and_its_post_processing(made):

@@ -274,7 +274,7 @@ def small_map(here):
     strong = COLOURS['lts'][1]
     frame, label, ink = (('#e2e8f0', strong, 3, None), (strong, strong), '#ffffff')
     if here != 'lts': frame, label, ink = (('none', strong, 1, '5 4'), (PLATE, PLATE), LINE)
-    outline = link('lts', rect(136, 13, 562, 128, *frame, 12), rect(578, 20, 110, 22, *label, radius=6),
+    outline = link('lts', rect(136, 13, 562, 156, *frame, 12), rect(578, 20, 110, 22, *label, radius=6),
                    text(633, 36, 'LTS, the model', 13, weight='bold', colour=ink))
     lines = [
         arrow((106, 51), (152, 51)), arrow((106, 109), (152, 109)),
@@ -283,11 +283,16 @@ def small_map(here):
         arrow((264, 51), (498, 51), (498, 86)), arrow((358, 51), (358, 86)),
         text(308, 46, 'f_text', 12, mono=True), text(288, 103, 'F_v', 12, mono=True),
         text(428, 103, 'F_m3', 12, mono=True), text(568, 103, 'H', 12, mono=True),
-        arrow((755, 86), (755, 74)), arrow((794, 51), (814, 51))]
+        arrow((755, 86), (755, 74)), arrow((794, 51), (814, 51)),
+        # Segment reads the features too, and a loss compares the prior with the truth
+        arrow((358, 132), (358, 146), (620, 146), (620, 132)), text(428, 142, 'F_m3', 12, mono=True),
+        arrow((524, 132), (524, 160), (755, 160), (755, 132), dash='5 4'),
+        text(664, 156, 'H', 12, mono=True)]
     title = {'lts': 'the whole model', 'darknet': 'Darknet-53'}.get(here, here)
-    return drawing(900, 150, f'You are here: {title}',
+    return drawing(900, 178, f'You are here: {title}',
         'Data, then language and Darknet-53, then fusion, locate and segment, then losses, method and '
-        f'training. The lit one is {title}.', [outline, *lines, *parts])
+        f'training. Segment reads F_m3 and H. The losses compare H and the mask with the truth. '
+        f'The lit one is {title}.', [outline, *lines, *parts])
 
 
 def drawings():

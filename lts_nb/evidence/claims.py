@@ -10,7 +10,7 @@ __all__ = ['CLAIMS', 'MARGIN', 'Claim', 'printed_effect', 'seed_interval', 'imag
 from dataclasses import dataclass
 import numpy as np, pandas as pd
 from scipy import stats
-from .experiments import preset_of, rows
+from .experiments import base_of, preset_of, rows
 from .paper import published
 from .tables import (Totals, bootstrap_interval, image_totals, load_samples,
                                      results_frame)
@@ -26,6 +26,8 @@ class Claim:
     test:str = 'greater' # greater, comparable, no better, rising, at least
     metric:str = 'oIoU'
     printed:float = None # the paper's number, where no table holds it
+    splits:tuple = ('val',) # on which it is judged
+    ours:bool = False    # a question of ours, for which the paper prints no number
 
 # %% ../../nbs/evidence/05_claims.ipynb #b4b8a086
 CLAIMS = [
@@ -72,15 +74,38 @@ CLAIMS += [
 CLAIMS += [
     Claim('Seg helps CMPC', '§4.4, Table 3: "can generate more precise prediction mask"',
           '3', ('CMPC+Seg', 'CMPC')),
-    Claim('LTS beats the best earlier method',
-          '§4.2, Table 1: "the best performances under IoU metric across different datasets" '
-          '(CGAN is ahead on RefCOCO testA)', '1', ('LTS', 'CGAN')),
-    Claim('LTS beats MCN, which shares its backbone', 'Table 1', '1', ('LTS', 'MCN+ASNLS')),
-    Claim('One kernel from the sentence beats DMN’s one a word',
-          '§4.2, Table 1: "16% […] IoU point"', '1', ('LTS', 'DMN')),
-    Claim('One kernel beats Lang2seg’s seven', '§4.2, Table 1: "6% IoU point"',
-          '1', ('LTS', 'Lang2seg')),
 ]
+# Table 1, method by method, on every split for which the paper prints both
+_best = '§4.2, Table 1: "the best performances under IoU metric across different datasets"'
+_beats = {
+    'RMI': ('LTS beats RMI', _best),
+    'DMN': ('One kernel from the sentence beats DMN’s one a word',
+            '§4.2, Table 1: "16% […] IoU point"'),
+    'RRN': ('LTS beats RRN', _best), 'MAttNet': ('LTS beats MAttNet', _best),
+    'NMTree': ('LTS beats NMTree', _best), 'CMSA': ('LTS beats CMSA', _best),
+    'Lang2seg': ('One kernel beats Lang2seg’s seven', '§4.2, Table 1: "6% IoU point"'),
+    'BCAM': ('LTS beats BCAM', _best), 'CMPC': ('LTS beats CMPC', _best),
+    'MCN+ASNLS': ('LTS beats MCN, which shares its backbone', _best),
+    'LSCM': ('LTS beats LSCM', _best),
+    'CGAN': ('LTS beats the best earlier method, CGAN',
+             _best + ' (CGAN is ahead on RefCOCO testA)'),
+}
+_everywhere = 'val', 'testA', 'testB', 'test'
+CLAIMS += [Claim(said, source, '1', ('LTS', row), splits=_everywhere)
+           for row, (said, source) in _beats.items()]
+
+
+# %% ../../nbs/evidence/05_claims.ipynb #e252878f
+# what the paper says of post-processing, and what a reader of Table 1 asks about it
+_crf = 'Table 1, column DCRF'
+CLAIMS += [Claim(f'The dense CRF helps {row}', _crf, '1', (row, f'{row}, no CRF'), ours=True)
+           for row in ('RMI', 'RRN', 'CMSA', 'BCAM', 'CMPC', 'LSCM')]
+CLAIMS += [
+    Claim('ASNLS helps MCN', 'Table 1 and Figure 5 show MCN with it', '1',
+          ('MCN+ASNLS', 'MCN, no ASNLS'), ours=True),
+    Claim('LTS needs no post-processing',
+          '§3.4: "No other post processing operations are needed"', '1',
+          ('LTS, with CRF', 'LTS'), 'no better', ours=True)]
 assert len({c.claim for c in CLAIMS}) == len(CLAIMS)
 
 # %% ../../nbs/evidence/05_claims.ipynb #87c9b039
@@ -164,14 +189,14 @@ def _pairs(results, better, than, dataset, split, printed=None):
     "{seed: (totals, totals or number)} of the seeds that both experiments have."
     def scored(experiment):
         return {r['seed']: r for r in results
-                if (r['experiment'], r['dataset']) == (experiment, dataset)
+                if (r['experiment'], r['dataset']) == (base_of(experiment), dataset)
                 and (r['folder']/f'samples-{split}.npz').exists()}
     a = scored(better)
     b = scored(than) if than else {}
     pairs = {}
     for seed in sorted(a) if printed else sorted(set(a) & set(b)):
-        one = image_totals(load_samples(a[seed], split))
-        pairs[seed] = one, printed or image_totals(load_samples(b[seed], split))
+        one = image_totals(load_samples(a[seed], split, better))
+        pairs[seed] = one, printed or image_totals(load_samples(b[seed], split, than))
     return pairs
 
 # %% ../../nbs/evidence/05_claims.ipynb #bb134c83
@@ -254,7 +279,7 @@ def _untested(claim, role, results, preset):
     if absent: return f'{", ".join(absent)}: not in the kit'
     run = {(r['experiment'], r['dataset']) for r in results}
     ours = preset_of(preset)['datasets'][role]
-    lacking = [r for r in claim.rows if (e[r], ours) not in run]
+    lacking = [r for r in claim.rows if (base_of(e[r]), ours) not in run]
     if not lacking: return 'no seed that all its rows share'
     command = f'lts reproduce --preset {preset} --table {claim.table}'
     return f'no run of {", ".join(lacking)} ({command})'
@@ -274,35 +299,40 @@ def _why(claim, f, step, grid):
     return '; '.join(parts)
 
 # %% ../../nbs/evidence/05_claims.ipynb #0b88b866
+def _judged_on(claim, role):
+    "The splits of a data set on which a claim is judged."
+    if claim.ours: return ['val'] if set(claim.rows) <= set(_experiments(claim, role)) else []
+    return [s for s in claim.splits if not np.isnan(printed_effect(claim, role, s))]
+
 def claims_frame(
     results:list,         # from `load_results`
     preset:str,           # smoke, cpu, gpu or paper
     effects:pd.DataFrame, # from `effects_frame`
-)->pd.DataFrame:          # claim, source, dataset, published, effect, low, high, verdict, why
-    "A verdict for every claim and data set of the preset, on the val split."
+)->pd.DataFrame:          # claim, source, dataset, split, published, effect, low, high, verdict, why
+    "A verdict for every claim, data set and split for which the paper prints both numbers."
     out = []
     for c in CLAIMS:
         for role, ours in preset_of(preset)['datasets'].items():
-            paper = printed_effect(c, role)
-            if np.isnan(paper): continue
-            f = effects[(effects.claim == c.claim) & (effects.dataset == ours)]
-            f = f[f.split == 'val']
-            if len(f) == len(_steps(c)): judged = _judge(c, role, ours, f, results)
-            else: judged = dict(verdict='not tested', why=_untested(c, role, results, preset))
-            line = dict(claim=c.claim, source=c.source, dataset=ours, published=paper)
-            out.append(line | judged)
-    return pd.DataFrame(out, columns=['claim', 'source', 'dataset', 'published', 'effect',
+            for split in _judged_on(c, role):
+                f = effects[(effects.claim == c.claim) & (effects.dataset == ours)]
+                f = f[f.split == split]
+                if len(f) == len(_steps(c)): judged = _judge(c, role, ours, split, f, results)
+                else: judged = dict(verdict='not tested', why=_untested(c, role, results, preset))
+                line = dict(claim=c.claim, source=c.source, dataset=ours, split=split,
+                            published=printed_effect(c, role, split))
+                out.append(line | judged)
+    return pd.DataFrame(out, columns=['claim', 'source', 'dataset', 'split', 'published', 'effect',
                                       'low', 'high', 'verdict', 'why'])
 
 # %% ../../nbs/evidence/05_claims.ipynb #2e623703
-def _judge(claim, role, ours, f, results):
+def _judge(claim, role, ours, split, f, results):
     "Effect, interval, verdict and reason from a claim's steps on one data set."
     # the step that decides: one that goes down, where the claim is that all rise
     down = f[f.high < 0]
     step = (down if claim.test == 'rising' and len(down) else f).sort_values('low').iloc[0]
     a, b = next(s for s in _steps(claim) if _step_name(*s) == step.step)
     e = _experiments(claim, role)
-    grid = grid_share(results, e[a], e[b], ours, 'val') if b else 0.
+    grid = grid_share(results, e[a], e[b], ours, split) if b else 0.
     shift = claim.printed or 0  # where a value and no difference is claimed, show the value
     return dict(effect=step.effect + shift, low=step.low + shift, high=step.high + shift,
                 verdict=verdict(claim.test, step.low, step.high), why=_why(claim, f, step, grid))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['figure5_columns', 'GROUPS', 'load_examples', 'figure4', 'figure5', 'history_frame', 'training_curves',
-           'resolution_curve', 'filter_curve', 'table2_bars', 'save_figure']
+           'resolution_curve', 'filter_curve', 'table2_bars', 'accuracy_over_operations', 'save_figure']
 
 # %% ../../nbs/evidence/04_figures.ipynb #c012b109
 import textwrap
@@ -20,6 +20,7 @@ from .tables import load_arrays
 def load_examples(
     folder,              # a run's folder
     name:str='examples', # or 'worst'
+    finish:str='',       # whose masks are shown; '': the run's own
 )->list:                 # dicts, one a sample; none where the run kept none
     """The fixed samples of a run. Raises KitError for a file that cannot be read.
 
@@ -29,17 +30,18 @@ def load_examples(
     if not path.exists(): return []
     try:
         z = load_arrays(path)
-        return [_example(z, i) for i in range(len(z['sent_id']))]
+        return [_example(z, i, finish) for i in range(len(z['sent_id']))]
     except KitError: raise
     except Exception as e:
         mend = f'Remove the folder {path.parent} and run lts reproduce again'
         raise KitError(f'the examples cannot be read: {e}', path, mend) from e
 
-def _example(z, i):
+def _example(z, i, finish):
+    drawn = f'prediction@{finish}_{i}' if finish else f'prediction_{i}'
     prior = z[f'prior_{i}'].astype(float) if f'prior_{i}' in z else None
     return dict(sent_id=int(z['sent_id'][i]), expression=str(z['expression'][i]),
                 image=z[f'image_{i}'], prior=prior,
-                prediction=z[f'prediction_{i}'], truth=z[f'truth_{i}'])
+                prediction=z[drawn], truth=z[f'truth_{i}'])
 
 # %% ../../nbs/evidence/04_figures.ipynb #fc8d4b64
 def _caption(text, width=26, lines=4):
@@ -103,13 +105,14 @@ def figure4(
 
 # %% ../../nbs/evidence/04_figures.ipynb #f62c68ed
 figure5_columns = {'fusion-filter': '(b) w/o Seg', 'filter-seg': '(c) w/o Fusion',
-                   'fusion-seg': '(d) w/o Filter', 'lts': 'full LTS'}
+                   'fusion-seg': '(d) w/o Filter', 'mcn@plain': 'MCN', 'mcn': 'MCN+ASNLS',
+                   'lts': 'full LTS'}
 
 # %% ../../nbs/evidence/04_figures.ipynb #73539590
 def figure5(
     examples_by_experiment:dict,  # experiment → examples; 'lts' or any other gives the pictures
-):   # matplotlib Figure: expression · image · w/o Seg · w/o Fusion · w/o Filter · full · truth
-    """Figure 5 of the paper: the same sentence through models that lack a part.
+):   # matplotlib Figure: expression · image · w/o Seg · w/o Fusion · w/o Filter · MCN · MCN+ASNLS · full · truth
+    """Figure 5 of the paper: the same sentence through models that lack a part, and through MCN.
 
     Raises KitError where there are no examples at all."""
     by = {}
@@ -231,6 +234,24 @@ def table2_bars(
                        label='our ceiling')
         ax.set(ylabel='', xlabel='IoU (%)', title=f'Table 2, {split}', xlim=(0, 100))
         ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
+    return fig
+
+# %% ../../nbs/evidence/04_figures.ipynb #d47d049b
+def accuracy_over_operations(
+    costs:pd.DataFrame,  # from `tables.costs_frame`
+    titles:dict,         # experiment -> the name beside its point
+):                       # matplotlib Figure
+    "Overall IoU on val against the operations of the head, one point a method."
+    with plt.rc_context(_style):
+        fig, ax = plt.subplots(figsize=(5.2, 3.4), layout='constrained')
+        for c in costs.itertuples():
+            ours = c.experiment.startswith('lts')
+            ax.scatter(c.GFLOPs, c.oIoU, s=26, color='#b3261e' if ours else '#0b63ce', zorder=3)
+            ax.annotate(titles.get(c.experiment, c.experiment), (c.GFLOPs, c.oIoU), fontsize=7,
+                        xytext=(4, 3), textcoords='offset points', parse_math=False)
+        ax.set(xscale='log', xlabel='GFLOP of the head, one picture and one sentence (log)',
+               ylabel='overall IoU, val, percent', ylim=(0, None))
+        ax.margins(x=.15)
     return fig
 
 # %% ../../nbs/evidence/04_figures.ipynb #f7a99a3a

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..errors import KitError, disk_error, unknown_name, write_text
 from ..training.features import CachedFeatures
 from ..training.fit import terminate_as_interrupt
-from ..evidence.experiments import EXTRA, TABLES, run_config
+from ..evidence.experiments import EXTRA, as_cells, run_config
 from ..training.config import describe_config
 from ..evidence.experiments import method_hashes, module_closure, module_hashes, preset_of, run_modules, runs_for
 from .throughput import estimate, known_rates
@@ -48,7 +48,7 @@ def committed(
 # %% ../../nbs/manual/03_batch.ipynb #7e104ebd
 def make_plan(
     runs:list,   # configurations, from `runs_for`
-    tables,      # the numbers of the tables that they are for; None: all
+    wanted,      # Cells, table numbers, or None: what they are for
     seeds:int,   # runs of each row
     out:Path,    # the report's folder
     root:Path,   # the data's
@@ -61,7 +61,7 @@ def make_plan(
     methods = {r.method for r in runs}
     modules = {m: run_modules(m) for m in methods}
     return dict(
-        preset=first.preset, tables=list(tables or TABLES), seeds=seeds, out=str(out),
+        preset=first.preset, wanted=as_cells(wanted)._asdict(), seeds=seeds, out=str(out),
         root=str(root), kit=str(KIT), python=sys.executable, runs=plain, recipe=plain[0]['data']['recipe'],
         pretrain=plain[0]['backbone'] if made_here else None, threads=first.compute.threads,
         gpu=first.compute.device != 'cpu',
@@ -134,7 +134,7 @@ def _failed(out):
 # %% ../../nbs/manual/03_batch.ipynb #a3874540
 def plan(
     preset:str='cpu',    # smoke, cpu, gpu or paper
-    tables=None,         # table numbers; None: all
+    wanted=None,         # Cells, table numbers, or None: all tables of the paper
     seeds:int=1,         # runs of each row
     out=None,            # the report's folder; None: the preset's
     root=None,           # the data's folder; None: the preset's
@@ -142,7 +142,7 @@ def plan(
 )->pd.DataFrame: # run, state, why, seconds (estimate; NaN where nothing is known)
     "Each run and its state; changes nothing."
     out, root = Path(out or default_out(preset)), Path(root or default_root(preset))
-    runs, failed = runs_for(preset, tables, seeds, pretrain), _failed(out)
+    runs, failed = runs_for(preset, wanted, seeds, pretrain), _failed(out)
     seconds = run_seconds(runs, out, root)
     hashes = method_hashes(runs)
     states = [(r.run, *run_state(r, out, hashes[r.method], failed), seconds[r.run]) for r in runs]
@@ -170,7 +170,7 @@ def _rates_note(preset, out, rates, todo):
 # %% ../../nbs/manual/03_batch.ipynb #cf176bf4
 def describe_plan(
     preset:str='cpu',    # smoke, cpu, gpu or paper
-    tables=None,         # table numbers; None: all
+    wanted=None,         # Cells, table numbers, or None: all tables of the paper
     seeds:int=1,         # runs of each row
     cores=None,          # processors; None: all
     out=None,            # the report's folder; None: the preset's
@@ -179,7 +179,7 @@ def describe_plan(
 )->str:
     "The plan as text, with the time left where it can be estimated."
     out, root = Path(out or default_out(preset)), Path(root or default_root(preset))
-    table = plan(preset, tables, seeds, out, root, pretrain)
+    table = plan(preset, wanted, seeds, out, root, pretrain)
     lines, todo = [], table[table.state != 'done']
     for r in table.itertuples():
         took = ''
@@ -187,7 +187,7 @@ def describe_plan(
             took = f'{r.seconds:6.0f} s' if r.seconds < 9999 else f'{r.seconds/3600:6.1f} h'
         lines.append(f'{r.state:8} {r.run:40} {took}  {r.why}'.rstrip())
     counts = ', '.join(f'{n} {state}' for state, n in table.state.value_counts().items())
-    missing = missing_inputs(preset, root, tables, pretrain)
+    missing = missing_inputs(preset, root, wanted, pretrain)
     rates = known_rates(out, committed(preset))
     gpu = preset_of(preset)['compute']['device'] != 'cpu' and (not rates or rates['gpu'])
     lines.append(f'{counts}; {_time_left(todo.seconds, preset, cores, gpu)}.')
@@ -199,13 +199,13 @@ def describe_plan(
 def describe_run(
     run:str,             # its name, as `lts plan` lists it
     preset:str='cpu',    # smoke, cpu, gpu or paper
-    tables=None,         # table numbers; None: all
+    wanted=None,         # Cells, table numbers, or None: all tables of the paper
     seeds:int=1,         # runs of each row
     pretrain:bool=False, # make the backbone here, even where the kit ships one
 )->str:
     """A run's configuration, a line for each setting.
     KitError with the nearest names where there is no such run."""
-    known = {r.run: r for r in runs_for(preset, tables, seeds, pretrain)}
+    known = {r.run: r for r in runs_for(preset, wanted, seeds, pretrain)}
     for e in EXTRA:
         extra = run_config(e, 'refcoco', preset, 0, pretrain)
         known[extra.run] = extra
@@ -220,12 +220,12 @@ def describe_run(
 def missing_inputs(
     preset:str,          # smoke, cpu, gpu or paper
     root,                # the data's folder
-    tables=None,         # table numbers; None: all
+    wanted=None,         # Cells, table numbers, or None: all tables of the paper
     pretrain:bool=False, # make the backbone here, even where the kit ships one
 )->list:  # sentences, empty where all is there
     "What some tables of a preset need and cannot make."
     p, root, out = preset_of(preset), Path(root), []
-    runs = runs_for(preset, tables, 1, pretrain)
+    runs = runs_for(preset, wanted, 1, pretrain)
     if p['recipe'] is None:
         for name in dict.fromkeys(r.dataset for r in runs):
             if (root/name/'instances.json').exists(): continue
@@ -389,7 +389,7 @@ def release_features(
 # %% ../../nbs/manual/03_batch.ipynb #2dff15a7
 def reproduce(
     preset:str='cpu',    # smoke, cpu, gpu or paper
-    tables=None,         # table numbers; None: all
+    wanted=None,         # Cells, table numbers, or None: all tables of the paper
     seeds:int=1,         # runs of each row
     cores=None,          # processors; None: all
     out=None,            # the report's folder; None: the preset's
@@ -399,13 +399,13 @@ def reproduce(
     "Bring all runs of some tables up to date and write their report."
     out = Path(out or default_out(preset)).resolve()
     root = Path(root or default_root(preset)).resolve()
-    runs = runs_for(preset, tables, seeds, pretrain)
-    if missing := missing_inputs(preset, root, tables, pretrain):
+    runs = runs_for(preset, wanted, seeds, pretrain)
+    if missing := missing_inputs(preset, root, wanted, pretrain):
         raise KitError('the preset needs what is not there: ' + '; '.join(missing),
                        mend='data/README.md says what each of them is, and whose')
     lock = _open_folder(out)
     try:
-        the_plan = make_plan(runs, tables, seeds, out, root)
+        the_plan = make_plan(runs, wanted, seeds, out, root)
         write_text(out/'plan.json', json.dumps(the_plan, indent=1, sort_keys=True))
         _snakemake(out, the_plan, runs, cores or os.cpu_count() or 1)
         failed = [r.run for r in runs if not (out/'runs'/r.run/'result.json').exists()]
@@ -424,7 +424,7 @@ def _report_key(plan, out):
     results = {r['run']: (out/'runs'/r['run']/'result.json').stat().st_mtime_ns
                for r in plan['runs'] if (out/'runs'/r['run']/'result.json').exists()}
     return json.loads(json.dumps(dict(results=results, modules=module_hashes('evidence.report'),
-                                      tables=plan['tables'], seeds=plan['seeds'])))
+                                      wanted=plan['wanted'], seeds=plan['seeds'])))
 
 # %% ../../nbs/manual/03_batch.ipynb #3f350cc9
 def make_report(
@@ -441,7 +441,7 @@ def make_report(
     command = [sys.executable, '-m', 'papermill', str(KIT/'nbs'/'runs'/'report.ipynb'),
                str(out/'report.ipynb'), '--cwd', str(KIT/'nbs'/'runs'), '-k', 'python3',
                '--no-progress-bar', '-p', 'out', str(out), '-p', 'preset', plan['preset'], '-y',
-               json.dumps(dict(tables=plan['tables'], failed=list(failed)))]
+               json.dumps(dict(wanted=plan['wanted'], failed=list(failed)))]
     with open(out/'report.log', 'w') as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if status:

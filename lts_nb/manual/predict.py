@@ -8,6 +8,7 @@ __all__ = ['load_run', 'predict', 'unknown_words', 'reading_notes', 'read_pictur
 
 # %% ../../nbs/manual/04_predict.ipynb #9e10ae40
 import json, struct, tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -20,12 +21,12 @@ from ..errors import KitError, atomic_path, disk_error
 from ..training.config import RunConfig, method_of
 from ..training.features import LiveFeatures
 from ..training.fit import read_checkpoint
-from ..data.letterbox import letterbox_geometry, letterbox_image, undo_letterbox
+from ..data.letterbox import letterbox_geometry, letterbox_image, predict_mask, undo_letterbox
 from ..training.metrics import encode_rle, write_predictions
 from ..data.refer import Refer, decode_rle, read_image
 from ..data.text import UNK, Vocab, encode, pad_batch, tokenize
 from ..training.opening import SHIPPED, build_model, open_backbone, shared_backbone
-from ..training.scoring import answer_mask, evaluate, split_metrics
+from ..training.scoring import evaluate, finished, split_metrics
 
 # %% ../../nbs/manual/04_predict.ipynb #13932e83
 def _text(path, what, mend):
@@ -69,11 +70,20 @@ def _load_weights(model, folder):
         raise KitError('the checkpoint cannot be read', path, mend) from e
 
 # %% ../../nbs/manual/04_predict.ipynb #5390aa1b
+def _threshold(result, config):
+    "The threshold of a run's masks: its method's, or the one that was chosen on val."
+    own = method_of(config.method).threshold
+    if own is not None: return own
+    chosen = result.get('threshold')
+    if isinstance(chosen, float) and 0 <= chosen < 1: return chosen
+    raise KitError('the run does not say which threshold was chosen on val', 'result.json',
+                   'Run lts reproduce again')
+
 def load_run(
     folder=None, # DIR/runs/<run>; None: the run that the kit ships
     root=None,   # the data's folder: only where the backbone's weights lie there (preset paper)
     device=None, # None: the GPU where the run's preset uses one and there is one
-)->SimpleNamespace: # config, method, vocab, model (eval mode), backbone (frozen), size, stretch, result, folder, device
+)->SimpleNamespace: # config, method, vocab, model (eval mode), backbone (frozen), size, threshold, stretch, result, folder, device
     "A finished run, ready to predict. KitError where a part of it is missing or damaged."
     folder = Path(folder or SHIPPED).resolve()
     (result, config), out = _result(folder), folder.parent.parent
@@ -91,7 +101,7 @@ def load_run(
         _load_weights(model, folder)
         return SimpleNamespace(config=config, method=method_of(config.method), vocab=vocab,
                                model=model.to(device).eval(), backbone=frozen.to(device),
-                               size=config.data.size,
+                               size=config.data.size, threshold=_threshold(result, config),
                                stretch=config.data.stretch, result=result, folder=folder,
                                device=device)
     except KitError: raise
@@ -107,13 +117,20 @@ def predict(
     expression:str,  # a referring expression
 )->tuple:            # mask (H, W) bool, prior (H, W) float in 0 … 1 or None where the model has none
     "Segment what a sentence means. KitError for a sentence without words."
-    tokens, lengths = pad_batch([encode(expression, run.vocab, run.config.data.max_len)])
-    x = torch.as_tensor(letterbox_image(image, run.size, run.stretch))[None].to(run.device)
+    method, cfg, max_len = run.method, run.config.model, run.config.data.max_len
+    tokens, lengths = pad_batch([encode(expression, run.vocab, max_len)])
+    words = tokenize(expression)[:max_len]
+    pixels = letterbox_image(image, run.size, run.stretch)
     batch = dict(tokens=tokens.to(run.device), lengths=lengths)
-    with torch.inference_mode(): out = run.method.forward(run.model, tuple(run.backbone(x)), batch)
+    batch |= {k: v.to(run.device) for k, v in method.inputs(cfg, [words]).items()}
+    with torch.inference_mode():
+        features = tuple(run.backbone(torch.as_tensor(pixels)[None].to(run.device)))
+        out = method.forward(run.model, features, batch)
+        prior = method.prior(out)
     geometry = letterbox_geometry(*image.shape[:2], run.size, run.stretch)
-    probability, prior = run.method.probability(out)[0, 0].cpu(), run.method.prior(out)
-    mask = answer_mask(run.method, run.config.model, probability, geometry, lambda: image)
+    def picture(_): return (pixels.transpose(1, 2, 0)*255).round().astype(np.uint8), geometry
+    maps, cut = finished(method, cfg, method.finishes[0], out, run.threshold, run.size, [0], picture)
+    mask = predict_mask(maps[0, 0], geometry, cut)
     if prior is None: return mask, None
     return mask, undo_letterbox(prior[0, 0].sigmoid().cpu(), geometry).numpy()
 
@@ -235,13 +252,14 @@ def evaluate_run(
     KitError where the run, the data or the place for the masks is not right."""
     refer, run = Refer(root, dataset, by), load_run(folder, root)
     samples = Samples(refer, split, run.vocab, run.config.data.max_len, run.size,
-                      stretch=run.stretch)
+                      stretch=run.stretch, inputs=partial(run.method.inputs, run.config.model))
     source = LiveFeatures(refer, run.backbone, run.size, run.device, run.stretch)
     if predictions: _check_writable(predictions)
     masks = []
     def keep(sentence, ref, mask, prior, truth): masks.append((sentence.sent_id, encode_rle(mask)))
     scores = evaluate(run.model, samples, source, run.method, run.config.model, run.device, 16,
-                      on_mask=keep if predictions else None)
+                      on_mask=keep if predictions else None, threshold=run.threshold,
+                      finishes=run.method.finishes[:1])
     if predictions:
         write_predictions(predictions, ((i, decode_rle(rle, *rle['size'])) for i, rle in masks))
     return split_metrics(scores)

@@ -76,13 +76,13 @@ class FrozenBackbone(nn.Module):
     "A backbone without its last neck convolutions: no gradient, always in evaluation mode."
     def __init__(self,
         backbone:Darknet53, # its modules are shared, not copied
-        n_head:int,         # how many neck convolutions still belong to the frozen part
+        n_neck:int,         # how many convolutions of the neck are frozen too
     ):
         super().__init__()
         self.stem, self.stages = backbone.stem, backbone.stages
-        self.neck = backbone.neck[:n_head]
+        self.neck = backbone.neck[:n_neck]
         # d1 is what the last frozen convolution returns
-        d1 = self.neck[-1][0].out_channels if n_head else backbone.channels[0]
+        d1 = self.neck[-1][0].out_channels if n_neck else backbone.channels[0]
         self.channels = (d1, *backbone.channels[1:])
         self.requires_grad_(False).eval()
 
