@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['VisualEntry', 'single', 'MultimodalLSTM', 'artanh_readout', 'RMIConfig', 'RMI', 'RMIMethod']
 
-# %% ../../nbs/rivals/07_rmi.ipynb #cf1e35a8
+# %% ../../nbs/rivals/07_rmi.ipynb #b6920f78
 from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import nn
 from ..model.language import LanguageEncoder, word_embedding
 from ..model.method import register
-from .cells import MapMethod, Maps, conv, coordinates, glorot, to_grid, unit
-from .words import ForwardLSTM, real_words
+from .cells import MapMethod, Maps, conv, coordinates, to_grid, unit
+from .words import ForwardLSTM, glorot_parts, real_words
 from ..settings import Config
 
-# %% ../../nbs/rivals/07_rmi.ipynb #e8872451
+# %% ../../nbs/rivals/07_rmi.ipynb #b3372639
 class VisualEntry(nn.Module):
     "v̂ = unit(W_0 [v1; v2; v3] + b_0) in every cell of F_v3's grid (`conv0` of `RMI_model.py`)."
     def __init__(self,
@@ -30,8 +30,8 @@ class VisualEntry(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width, 1, 1)) if used else None
         # W_0 is one matrix over all maps: its start is drawn for their joint width
         if used:
-            parts = conv(sum(used), width).weight.data.split(list(used), 1)
-            for m, part in zip(self.maps, parts): m.weight.data.copy_(part)
+            parts = glorot_parts(width, *used)
+            for m, part in zip(self.maps, parts): m.weight.data.copy_(part[:, :, None, None])
     def forward(self,
         features,  # F_v1 (B,C1,H/32,W/32), F_v2 (B,C2,H/16,W/16), F_v3 (B,C3,H/8,W/8)
     )->torch.Tensor: # (B,width,H/8,W/8), of length 1 in every cell
@@ -42,7 +42,7 @@ class VisualEntry(nn.Module):
         for m, f in zip(self.maps, features): total = total + to_grid(m(f), size)
         return unit(total)
 
-# %% ../../nbs/rivals/07_rmi.ipynb #4a7dcbce
+# %% ../../nbs/rivals/07_rmi.ipynb #bba595b0
 def single(
     x:torch.Tensor,   # of any type
 )->torch.Tensor:      # float32 in place of float16 and bfloat16
@@ -63,12 +63,10 @@ class MultimodalLSTM(nn.Module):
         self.word = nn.Linear(c_word, 4*width, bias=False)
         self.belief = nn.Conv2d(width, 4*width, 1, bias=False)
         # one kernel over [cell; word; belief] in the official code
-        joint = glorot(nn.Linear(c_cell + c_word + width, 4*width, bias=False)).weight.data
-        parts = joint.split([c_cell, c_word, width], 1)
-        with torch.no_grad():
-            for layer, part in zip([self.cell, self.word, self.belief], parts):
-                layer.weight.copy_(part.view_as(layer.weight))
-            self.cell.bias.zero_()
+        layers = [self.cell, self.word, self.belief]
+        for layer, part in zip(layers, glorot_parts(4*width, c_cell, c_word, width)):
+            layer.weight.data.copy_(part.view_as(layer.weight))
+        nn.init.zeros_(self.cell.bias)
     def step(self,
         gates,  # (B,4·width,h,w): what cell and word give
         state,  # (h, c) after the word before, or None at the first
