@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['VisualEntry', 'single', 'MultimodalLSTM', 'artanh_readout', 'RMIConfig', 'RMI', 'RMIMethod']
 
-# %% ../../nbs/rivals/07_rmi.ipynb #b6920f78
+# %% ../../nbs/rivals/07_rmi.ipynb #f59b0486
 from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import nn
-from ..model.language import LanguageEncoder, word_embedding
+from ..model.language import LanguageEncoder
 from ..model.method import register
 from .cells import MapMethod, Maps, conv, coordinates, to_grid, unit
-from .words import ForwardLSTM, glorot_parts, real_words
+from .words import ForwardLSTM, glorot_parts, real_words, small_embedding
 from ..settings import Config
 
 # %% ../../nbs/rivals/07_rmi.ipynb #b3372639
@@ -124,7 +124,7 @@ class RMIConfig(Config):
         description="'v1': the deepest map alone; 'scores': that map without a matrix")
     text: Literal['own', 'kit'] = Field('own', description="'kit': LTS's bidirectional GRU")
 
-# %% ../../nbs/rivals/07_rmi.ipynb #051d4808
+# %% ../../nbs/rivals/07_rmi.ipynb #6d011c19
 class RMI(nn.Module):
     "Recurrent multimodal interaction: from features and a sentence to logits at stride 8."
     def __init__(self,
@@ -144,7 +144,7 @@ class RMI(nn.Module):
             d_word = 2*half
             self.language = LanguageEncoder(vocab_size, cfg.emb_dim, half, vectors=vectors)
         else:
-            self.embed = word_embedding(vocab_size, cfg.emb_dim, vectors)
+            self.embed = small_embedding(vocab_size, cfg.emb_dim, vectors)
             self.lstm = ForwardLSTM(cfg.emb_dim, d_word)
         self.visual = VisualEntry(d_v, cfg.d_visual, cfg.visual)
         c_cell = (d_v[0] if cfg.visual == 'scores' else cfg.d_visual) + 8

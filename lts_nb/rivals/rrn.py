@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['OneFusion', 'RRNConfig', 'RRN', 'RRNMethod']
 
-# %% ../../nbs/rivals/08_rrn.ipynb #70e7a898
+# %% ../../nbs/rivals/08_rrn.ipynb #d2e5166c
 from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import nn
-from ..model.language import LanguageEncoder, word_embedding
+from ..model.language import LanguageEncoder
 from ..model.method import register
 from .cells import MapMethod, Maps, conv, coordinates, finer, to_grid, unit
 from .convlstm import ConvLSTM
-from .words import ForwardLSTM, glorot_parts, real_words
+from .words import ForwardLSTM, glorot_parts, real_words, small_embedding
 from ..settings import Config
 
 # %% ../../nbs/rivals/08_rrn.ipynb #60a789b6
@@ -71,7 +71,7 @@ class RRNConfig(Config):
     deep: bool = Field(False, description='every step has a loss, not the last alone')
     text: Literal['own', 'kit'] = Field('own', description="'kit': LTS's bidirectional GRU")
 
-# %% ../../nbs/rivals/08_rrn.ipynb #88182e18
+# %% ../../nbs/rivals/08_rrn.ipynb #c97e7dab
 class RRN(nn.Module):
     "Recurrent refinement: from features and a sentence to logits."
     def __init__(self,
@@ -91,7 +91,7 @@ class RRN(nn.Module):
             d_text = 2*half
             self.language = LanguageEncoder(vocab_size, cfg.emb_dim, half, vectors=vectors)
         else:
-            self.embed = word_embedding(vocab_size, cfg.emb_dim, vectors)
+            self.embed = small_embedding(vocab_size, cfg.emb_dim, vectors)
             self.lstm = ForwardLSTM(cfg.emb_dim, d_text)
         self.fusion = OneFusion(d_v[0], cfg.d_visual, d_text, cfg.width)
         # level 5 is the first of the three maps
