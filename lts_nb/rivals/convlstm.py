@@ -19,27 +19,31 @@ def map_norm(
     shift a channel. TensorFlow's ε is 1e-12; torch's 1e-5 is not small where inputs have length 1."""
     return nn.GroupNorm(1, channels, eps=1e-12)
 
-# %% ../../nbs/rivals/03_convlstm.ipynb #c1b69c76
+# %% ../../nbs/rivals/03_convlstm.ipynb #6c5d9718
 PEEPHOLES = 'position', 'channel', 'none'
 
 class ConvLSTM(nn.Module):
-    "A ConvLSTM with 1×1 kernels, peepholes, and a norm for each gate (RRN's cell, shared by CMPC and LSCM)."
+    """A ConvLSTM with peepholes and a norm for each gate (`util/cell.py` of RRN, shared by CMPC
+    and LSCM). Gates j, i, f, o; no bias; 1 is added to the forget gate."""
     def __init__(self,
         c_in:int,    # channels of the maps
         width:int,   # channels of its state
         grid,        # (h,w) of the maps: a peephole has one weight a cell
         peephole:str='position', # or 'channel', which fits every grid, or 'none'
+        norm:bool=True,          # False: neither gates nor memory are normalised
+        kernel:int=1,            # side of its convolutions, odd
     ):
         super().__init__()
         if peephole not in PEEPHOLES: raise unknown_name('peephole', peephole, PEEPHOLES)
         self.width, self.grid, self.peephole = width, tuple(grid), peephole
         # one kernel over [x; h] in the official code, with gates j, i, f, o; no bias
-        joint = conv(c_in + width, 4*width, bias=False).weight.data
-        self.x = nn.Conv2d(c_in, 4*width, 1, bias=False)
-        self.h = nn.Conv2d(width, 4*width, 1, bias=False)
+        joint = conv(c_in + width, 4*width, kernel, bias=False).weight.data
+        self.x = nn.Conv2d(c_in, 4*width, kernel, padding=kernel//2, bias=False)
+        self.h = nn.Conv2d(width, 4*width, kernel, padding=kernel//2, bias=False)
         self.x.weight.data.copy_(joint[:, :c_in])
         self.h.weight.data.copy_(joint[:, c_in:])
-        self.norms = nn.ModuleDict({gate: map_norm(width) for gate in 'jifoc'})
+        norms = {gate: map_norm(width) if norm else nn.Identity() for gate in 'jifoc'}
+        self.norms = nn.ModuleDict(norms)
         self.peep = nn.ParameterDict(self._peepholes(width))
     def _peepholes(self, width):
         "One weight for each place and channel, or for each channel."
@@ -70,17 +74,28 @@ class ConvLSTM(nn.Module):
         o = self.norms['o'](self.seen('o', o, cell))
         cell = self.norms['c'](cell)
         return o.sigmoid()*cell.tanh(), cell
-    def forward(self,
-        maps,        # list of (B,c_in,h,w), or of coarser ones, whose gates are copied up to the grid
+    def walk(self,
+        maps,        # list of (B,c_in,h,w), or of coarser ones, which are copied up to the finest
         order=None,  # which map each step reads; None: each once, in turn
-    )->torch.Tensor: # (B,width,h,w): the state after the last step
-        "Walk over maps. KitError for another grid than the peepholes have."
-        size = maps[-1].shape[-2:]
-        if self.peephole == 'position' and tuple(size) != self.grid:
-            raise KitError(f'the maps are {tuple(size)}, the peepholes {self.grid}',
+    )->list:         # (h, c) after each step, both (B,width,h,w)
+        "Every state of a walk over maps. KitError for another grid than the peepholes have."
+        size = max(tuple(m.shape[-2:]) for m in maps)
+        if self.peephole == 'position' and size != self.grid:
+            raise KitError(f'the maps are {size}, the peepholes {self.grid}',
                            mend="Train at this size, or set peephole to 'channel'")
         # what a map gives to the gates does not depend on the step
-        gates = [to_grid(self.x(m), size, 'nearest') for m in maps]
-        state = None
-        for k in range(len(maps)) if order is None else order: state = self.step(gates[k], state)
-        return state[0]
+        gates = [self.gates(m, size) for m in maps]
+        states = [None]
+        for k in range(len(maps)) if order is None else order:
+            states.append(self.step(gates[k], states[-1]))
+        return states[1:]
+    def gates(self, x, size):
+        "What a map gives to the gates: a 1×1 kernel may work before the cells are copied."
+        if self.x.kernel_size == (1, 1): return to_grid(self.x(x), size, 'nearest')
+        return self.x(to_grid(x, size, 'nearest'))
+    def forward(self,
+        maps,        # as `walk` takes them
+        order=None,  # which map each step reads; None: each once, in turn
+    )->torch.Tensor: # (B,width,h,w): the state h after the last step
+        "Walk over maps."
+        return self.walk(maps, order)[-1][0]
