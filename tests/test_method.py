@@ -78,7 +78,8 @@ def made(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setitem(METHODS, 'toy', Toy())
     patch.setitem(experiments.EXPERIMENTS, 'toy', {'method': 'toy'})
-    patch.setattr(experiments, 'ROWS', [*experiments.ROWS, Row('1', 'Toy', 'toy', ('refcoco',))])
+    patch.setattr(experiments, 'ROWS', [*experiments.ROWS, Row('1', 'Toy', 'toy', ('refcoco',)),
+                                           Row('1', 'Toy, no strip', 'toy@plain', ('refcoco',))])
     config = run_config('toy', 'refcoco', 'smoke')
     ensure_data(config, out/'data'), ensure_backbone(config, out/'data', out)
     run = prepare(config, out/'data', out)
@@ -116,6 +117,9 @@ def test_its_row_stands_in_table_1_with_its_note(made):
     table = paper_table('1', wanted_rows('smoke', ['1']), load_results(out, 'smoke'))
     row = table[(table.row == 'Toy') & (table.split == 'val')]
     assert row.ours.notna().all() and len(row) == 1
+    other = table[(table.row == 'Toy, no strip') & (table.split == 'val')]
+    assert len(other) == 1 and other.ours.notna().all() and other.ours.item() != row.ours.item()
+    assert table.row.tolist().index('Toy, no strip') > table.row.tolist().index('Toy')
     write_report(out, 'smoke', ['1'])
     for page in (out/'table1.md', out/'index.html'):
         text = page.read_text()

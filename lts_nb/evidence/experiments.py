@@ -290,6 +290,7 @@ def run_config(
     return RunConfig(
         run=run_name(experiment, ours, preset, seed), experiment=experiment, dataset=ours,
         preset=preset, seed=seed, method=method.name, splits=_splits(experiment, role),
+        finishes=_finishes(experiment, method),
         data=data | e.get('data', {}),
         model=told | method.widths.get(preset, {}) | e.get('model', {}),
         backbone=_backbone(p, pretrain), train=p['train'] | rate | e.get('train', {}),
@@ -307,6 +308,11 @@ def _splits(experiment, role):
         there = role in row.datasets or row.table == '1'
         if needs_it and there: shown |= set(row.splits or SPLITS_OF[role])
     return [s for s in SPLITS_OF[role] if s in shown]
+
+def _finishes(experiment, method):
+    "The ways of making masks that any table shows of an experiment, the method's own first."
+    named = {r.experiment.partition('@')[2] for r in ROWS if base_of(r.experiment) == experiment}
+    return [f for f in method.finishes if f == method.finishes[0] or f in named]
 
 # %% ../../nbs/evidence/02_experiments.ipynb #a64b3627
 def runs_for(

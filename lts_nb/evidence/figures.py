@@ -249,8 +249,9 @@ def accuracy_over_operations(
             ax.scatter(c.GFLOPs, c.oIoU, s=26, color='#b3261e' if ours else '#0b63ce', zorder=3)
             ax.annotate(titles.get(c.experiment, c.experiment), (c.GFLOPs, c.oIoU), fontsize=7,
                         xytext=(4, 3), textcoords='offset points', parse_math=False)
-        ax.set(xscale='log', xlabel='GFLOP of the head, one picture and one sentence (log)',
+        ax.set(xlabel='GFLOP of the head, one picture and one sentence',
                ylabel='overall IoU, val, percent', ylim=(0, None))
+        if (costs.GFLOPs > 0).all(): ax.set(xscale='log')
         ax.margins(x=.15)
     return fig
 

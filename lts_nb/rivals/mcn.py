@@ -427,7 +427,7 @@ class MCNMethod(Method):
     name, title, config = 'mcn', 'MCN', MCNConfig
     needs = ('prior', 'box')
     threshold = .35
-    finishes = ('plain', 'asnls')
+    finishes = ('asnls', 'plain')
     notes = ('MCN learns from boxes as well as from masks; LTS does not see a box.',
              'Its pointing is the middle of its box.')
     widths = {'smoke': dict(emb_dim=16, gru_dim=16, d_m=32, d=16, aspp_width=8,

@@ -134,6 +134,8 @@ class RunConfig(Config):
     train: TrainConfig = TrainConfig()
     compute: ComputeConfig = ComputeConfig()
     splits: Annotated[tuple[_Name, ...], Field(strict=False)] = Field(description='to be scored')
+    finishes: Annotated[tuple[_Name, ...], Field(strict=False)] = Field(
+        (), description="how masks are made, the first for the figures; empty: the method's own")
 
     def __init__(self, **settings):
         # the settings of the model are the method's to check

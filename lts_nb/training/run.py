@@ -117,13 +117,14 @@ def score_run(
 )->Scored:
     """Score a trained run on its splits and keep every sentence's numbers and the examples beside
     the checkpoint."""
-    out = Scored({}, {}, {}, {f: {} for f in run.method.finishes[1:]}, {}, _chosen_threshold(run), {})
+    finishes = run.config.finishes or run.method.finishes[:1]
+    out = Scored({}, {}, {}, {f: {} for f in finishes[1:]}, {}, _chosen_threshold(run), {})
     for split in run.config.splits:
         samples = run.samples(split)
         keepers = {'examples': ExampleKeeper(samples),
                    'worst': WorstKeeper(samples)} if split == 'val' else {}
         keep = _Keep(keepers)
-        scores = _evaluate(run, samples, keep, out.threshold)
+        scores = _evaluate(run, samples, keep, out.threshold, finishes)
         out.milliseconds.update(_take_times(scores))
         save_arrays(run.folder/f'samples-{split}.npz', scores)
         for name, keeper in keepers.items():
@@ -206,7 +207,7 @@ def write_result(
         vocabulary=len(run.vocab),
         parameters=int(parts['parameters']['total']),
         gflops=round(float(parts['GFLOPs']['total']), 4),
-        parts=parts.round(4).to_dict('index'))
+        parts=parts.round(6).to_dict('index'))
     write_text(run.folder/'vocab.json', run.vocab.to_json())
     write_text(run.folder/'result.json', json.dumps(result, indent=1, sort_keys=True))
     run.lock.release()

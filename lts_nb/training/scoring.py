@@ -20,6 +20,7 @@ from ..errors import atomic_path, unknown_name, write_text
 from ..data.dataset import Samples
 from ..data.letterbox import letterbox_image, predict_mask, undo_letterbox
 from ..model.method import Method
+from ..rivals.densecrf import dense_crf
 from ..settings import Config
 from .metrics import ceiling, intersection_union, pointing_hit, summarise
 from .opening import loader, on_device
