@@ -99,7 +99,8 @@ def test_data_make_and_check(lts, tmp_path):
 def test_unknown_names_get_their_neighbours(lts, trained, tmp_path):
     is_a_sentence(lts('reproduce', '--preset', 'cqu'), 'cpu')
     is_a_sentence(lts('plan', '--preset', 'smok'), 'smoke')
-    is_a_sentence(lts('reproduce', '--preset', 'smoke', '--table', '3', '--out', tmp_path), 'CMPC')
+    is_a_sentence(lts('reproduce', '--preset', 'smoke', '--table', '8', '--out', tmp_path), 'table')
+    is_a_sentence(lts('reproduce', '--preset', 'smoke', '--method', 'mcm', '--out', tmp_path), 'mcn')
     is_a_sentence(lts('reproduce', '--preset', 'smoke', '--table', '9', '--out', tmp_path), 'table')
     is_a_sentence(lts('data', 'make', 'refshape'), 'refshapes')
     is_a_sentence(lts('data', 'check', 'refcocco', '--root', tmp_path), 'refcoco')

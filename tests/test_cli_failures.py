@@ -59,7 +59,7 @@ def assert_sentence(said, *words, status=2):
 NOWHERE = ('--root', '/nonexistent')
 @pytest.mark.parametrize('args, words', [
     (['plan', '--preset', 'cpuu'], ['preset', 'cpu']), (['reproduce', '--preset', 'papr'], ['paper']), (['report', '--preset', 'smok'], ['smoke']),
-    (['data', 'make', 'refshapes', '--preset', 'gpuu'], ['gpu']), (['plan', '--table', '9'], ['table', '7']), (['reproduce', '--table', '3'], ['CMPC']),
+    (['data', 'make', 'refshapes', '--preset', 'gpuu'], ['gpu']), (['plan', '--table', '9'], ['table', '7']), (['reproduce', '--table', '8'], ['table']), (['reproduce', '--method', 'mcm'], ['mcn']),
     (['report', '--table', '8'], ['table']), (['data', 'make', 'refshape+'], ['refshapes+']), (['data', 'make', 'refcoco'], ['refcoco', 'refshapes']),
     (['data', 'make', 'refshapes', '--preset', 'paper'], ['published data', 'smoke']), (['data', 'check', 'refcocogg', *NOWHERE], ['refcocog']),
     (['data', 'check', 'refshapes', *NOWHERE], ['/nonexistent/refshapes', 'lts data make refshapes']), (['data', 'check', 'refcoco', *NOWHERE], ['lts data fetch refcoco']),

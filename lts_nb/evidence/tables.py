@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'metric_names', 'seg_pairs', 'load_arrays', 'load_results', 'finishes_of', 'results_frame', 'write_csv',
            'Totals', 'image_totals', 'metrics_of', 'bootstrap_interval', 'intervals_frame', 'load_samples',
            'paper_table', 'table_blocks', 'table_markdown', 'tex_escape', 'table_latex', 'write_table',
-           'seg_grid_share', 'thresholds_frame', 'costs_frame', 'compare_reports']
+           'seg_grid_share', 'thresholds_frame', 'costs_frame', 'best_rates', 'compare_reports']
 
 # %% ../../nbs/evidence/03_tables.ipynb #2438792d
 import html, json
@@ -528,6 +528,16 @@ def costs_frame(
     frame = pd.DataFrame(rows)
     if frame.empty: return frame
     return frame.groupby(['experiment', 'dataset'], sort=False).mean().reset_index()
+
+def best_rates(
+    frame:pd.DataFrame, # table 'rates' of `paper_table`, or its csv
+)->dict:                # method -> the rate with the highest overall IoU on the development seed
+    "What the search for learning rates found, for the methods that were run."
+    known = frame.dropna(subset=['ours'])
+    method, rate = known.row.str.rsplit(' ', n=1).str[0], known.row.str.rsplit(' ', n=1).str[1]
+    known = known.assign(method=method, rate=rate.astype(float))
+    best = known.loc[known.groupby('method', sort=False).ours.idxmax()]
+    return dict(zip(best.method, best.rate))
 
 # %% ../../nbs/evidence/03_tables.ipynb #e2166b1a
 _key = ['experiment', 'dataset', 'split', 'metric']
