@@ -316,14 +316,14 @@ def test_the_loss_is_the_official_one(official):
 
 def encoded(box, anchors, h, w):
     "Raw numbers that decode to a box at its responsible cell, by brute force."
-    overlaps = [float(shape_iou(box[2:], torch.tensor(a).double())) for a in anchors]
+    overlaps = [float(shape_iou(box[2:], torch.tensor(a, dtype=torch.double))) for a in anchors]
     a = overlaps.index(max(overlaps))
     x, y = min(int(box[0]*w), w - 1), min(int(box[1]*h), h - 1)
     raw = torch.full((1, 5*len(anchors), h, w), -20.).double()
     raw[:, :] = raw.view(1, len(anchors), 5, h, w).index_fill(2, torch.arange(4), 0.).view_as(raw)
     offset = torch.stack([box[0]*w - x, box[1]*h - y])
     raw[0, 5*a:5*a + 2, y, x] = offset.logit()
-    raw[0, 5*a + 2:5*a + 4, y, x] = (box[2:]/torch.tensor(anchors[a]).double()).log()
+    raw[0, 5*a + 2:5*a + 4, y, x] = (box[2:]/torch.tensor(anchors[a], dtype=torch.double)).log()
     raw[0, 5*a + 4, y, x] = 20.
     return raw
 
