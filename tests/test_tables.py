@@ -170,7 +170,7 @@ def test_the_page_shows_the_race(made):
 
 def test_cells_choose_methods_and_empty_cells():
     runs = {r.run for r in runs_for('cpu', Cells(methods=('mcn', 'rmi')))}
-    assert {'mcn-refshapesg-cpu-s0', 'rmi-refshapes+-cpu-s0', 'blind-refshapes-cpu-s0'} <= runs
+    assert {'mcn-refshapesg-cpu-s0', 'rmi-refshapes+-cpu-s0', 'blind-noseg-refshapes-cpu-s0'} <= runs
     assert 'lts-refshapes-cpu-s0' not in runs and 'rmi-refshapesg-cpu-s0' not in runs
     every = runs_for('cpu', Cells(tables=('1',), methods=('rmi',), all_cells=True))
     assert {r.dataset: r.splits for r in every if r.method == 'rmi'}['refshapesg'] == ('val', 'test')
