@@ -39,9 +39,9 @@ def official_model(values, part):
     word = 'RNN/WLSTM' if 'RNN/WLSTM/multi_rnn_cell/cell_0/basic_lstm_cell/kernel' in w else 'RNN'
     cell = '{}/multi_rnn_cell/cell_0/basic_lstm_cell/{}'
     with torch.no_grad():
-        model.embed.weight.copy_(t(w['embedding']))
+        model.reader.embed.weight.copy_(t(w['embedding']))
         k = t(w[cell.format(word, 'kernel')])
-        lstm = model.lstm.lstm
+        lstm = model.reader.lstm.lstm
         lstm.weight_ih_l0.copy_(lstm_rows(k[:4]).T)
         lstm.weight_hh_l0.copy_(lstm_rows(k[4:]).T)
         b = t(w[cell.format(word, 'bias')]).clone()
@@ -54,8 +54,8 @@ def official_model(values, part):
         if part == 'baseline_lstm':
             # officially [v; l; s], ours [v; s; l]
             v, l, s = kernel(w['conv1/DW']).split([7, 6, 8], 1)
-            model.hidden.weight.copy_(torch.cat([v, s, l], 1))
-            model.hidden.bias.copy_(t(w['conv1/biases']))
+            model.memory.hidden.weight.copy_(torch.cat([v, s, l], 1))
+            model.memory.hidden.bias.copy_(t(w['conv1/biases']))
         else:
             # officially [v; e; l; s; h]
             v, e, l, s, h = t(w[cell.format('RNN/ALSTM', 'kernel')]).T.split([7, 4, 6, 8, 5], 1)
@@ -76,8 +76,8 @@ def gradients(model, part):
     def official_columns(rows):
         i, f, g, o = rows.chunk(4)
         return torch.cat([i, g, f, o]).T
-    lstm = model.lstm.lstm
-    g = {'embedding': model.embed.weight.grad,
+    lstm = model.reader.lstm.lstm
+    g = {'embedding': model.reader.embed.weight.grad,
          cell.format(word, 'kernel'): torch.cat([official_columns(lstm.weight_ih_l0.grad), official_columns(lstm.weight_hh_l0.grad)]),
          cell.format(word, 'bias'): official_columns(lstm.bias_ih_l0.grad[:, None])[0],
          'conv2/DW': model.score.weight.grad.permute(2, 3, 1, 0), 'conv2/biases': model.score.bias.grad}
@@ -85,9 +85,9 @@ def gradients(model, part):
         g['conv0/DW'] = model.visual.maps[0].weight.grad.permute(2, 3, 1, 0)
         g['conv0/biases'] = model.visual.bias.grad.flatten()
     if part == 'baseline_lstm':
-        v, s, l = model.hidden.weight.grad.split([7, 8, 6], 1)
+        v, s, l = model.memory.hidden.weight.grad.split([7, 8, 6], 1)
         g['conv1/DW'] = torch.cat([v, l, s], 1).permute(2, 3, 1, 0)
-        g['conv1/biases'] = model.hidden.bias.grad
+        g['conv1/biases'] = model.memory.hidden.bias.grad
     else:
         m = model.memory
         v, s = m.cell.weight.grad[:, :, 0, 0].split([7, 8], 1)
@@ -134,8 +134,7 @@ def test_a_batch_of_three_gives_what_the_official_code_gave_one_by_one(golden, p
     assert lengths.tolist() == [4, 1, 6]
     with torch.no_grad():
         logits = model(features, tokens, lengths).mask
-        _, states = model.read(tokens, lengths)
-        raw = model.lstm(model.embed(tokens), tokens > 0)[0]
+        _, raw, _ = model.reader(tokens, lengths)
         beliefs = model.beliefs(features, tokens, lengths)
     up = legacy_up(logits, 8)
     for b, (case, n) in enumerate(zip(CASES, lengths.tolist())):
@@ -144,7 +143,6 @@ def test_a_batch_of_three_gives_what_the_official_code_gave_one_by_one(golden, p
         close(up[b].permute(1, 2, 0)[None], out['up'])
         close(up[b].permute(1, 2, 0)[None].sigmoid(), out['sigm'])
         close(raw[b, :n, None], out['h_words' if part == 'baseline_lstm' else 'h_WLSTM'])
-        close(states[b, :n].norm(dim=-1), np.ones(n))
         if part == 'baseline_lstm': continue
         close(beliefs[b].flatten(1).T, out['h_ALSTM'][-1])
         close(artanh_readout(beliefs[b:b + 1]).permute(0, 2, 3, 1), np.maximum(out['artanh'], 0))
@@ -170,7 +168,7 @@ def test_loss_and_gradients_are_the_official_ones(golden, part):
         features, tokens, lengths = official_inputs(values, part, [case])
         target = t(values[f'{part}/{case}/out/target']).permute(0, 3, 1, 2)
         batch = dict(prior=target, mask=target.new_zeros(1, 1, 6, 8))
-        loss, _ = RMIMethod().loss(model.cfg, model(features, tokens, lengths), batch)
+        loss, _ = RMIMethod().loss(RMIConfig(), model(features, tokens, lengths), batch)
         loss.backward()
         close(loss.detach(), values[f'{part}/{case}/out/cls_loss'])
         ours = gradients(model, part)

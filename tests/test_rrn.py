@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from lts_nb.errors import KitError
-from lts_nb.rivals.convlstm import ConvLSTM, map_norm
+from lts_nb.rivals.cells import unit
+from lts_nb.rivals.convlstm import ConvLSTM, map_norm, walk
 from lts_nb.rivals.rrn import RRN, OneFusion, RRNConfig, RRNMethod
 from test_rmi import CASES, close, kernel, legacy_up, lstm_rows, part_of, t
 
@@ -24,10 +25,10 @@ def official_model(values):
     model.memory = ConvLSTM(5, 5, (3, 4))
     model = model.double()
     with torch.no_grad():
-        model.embed.weight.copy_(t(w['embedding']))
+        model.reader.embed.weight.copy_(t(w['embedding']))
         k, b = t(w[CELL + 'kernel']), t(w[CELL + 'bias']).clone()
         b[12:18] += 1     # TensorFlow adds 1 to the forget gate
-        lstm = model.lstm.lstm
+        lstm = model.reader.lstm.lstm
         lstm.weight_ih_l0.copy_(lstm_rows(k[:4]).T)
         lstm.weight_hh_l0.copy_(lstm_rows(k[4:]).T)
         lstm.bias_ih_l0.copy_(lstm_rows(b))
@@ -64,9 +65,9 @@ def gradients(model):
         return torch.cat([i, g, f, o]).T
 
     def tf(weight): return weight.permute(2, 3, 1, 0)
-    lstm, fusion, memory = model.lstm.lstm, model.fusion, model.memory
+    lstm, fusion, memory = model.reader.lstm.lstm, model.fusion, model.memory
     joint = torch.cat([fusion.picture.weight.grad, fusion.sentence.weight.grad[:, :, None, None], fusion.place.weight.grad], 1)
-    g = {'embedding': model.embed.weight.grad,
+    g = {'embedding': model.reader.embed.weight.grad,
          CELL + 'kernel': torch.cat([columns(lstm.weight_ih_l0.grad), columns(lstm.weight_hh_l0.grad)]),
          CELL + 'bias': columns(lstm.bias_ih_l0.grad[:, None])[0],
          'mlp0/DW': tf(fusion.visual.weight.grad), 'mlp0/biases': fusion.visual.bias.grad,
@@ -101,9 +102,9 @@ def test_a_batch_of_three_gives_what_the_official_code_gave_one_by_one(golden):
     assert lengths.tolist() == [4, 1, 6]
     with torch.no_grad():
         logits = model(features, tokens, lengths).mask
-        sentence = model.sentence(tokens, lengths)
+        sentence = unit(model.reader(tokens, lengths)[2])
         maps = model.maps(features, tokens, lengths)
-        states = model.memory.walk(maps)
+        states = walk(model.memory, maps)
         last = model.memory(maps)
         visual = model.fusion.visual(features[0])
     up = legacy_up(logits, 8)

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['OneFusion', 'RRNConfig', 'RRN', 'RRNMethod']
 
-# %% ../../nbs/rivals/08_rrn.ipynb #d2e5166c
+# %% ../../nbs/rivals/08_rrn.ipynb #809f8927
 from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import nn
-from ..model.language import LanguageEncoder
 from ..model.method import register
 from .cells import MapMethod, Maps, conv, coordinates, finer, to_grid, unit
-from .convlstm import ConvLSTM
-from .words import ForwardLSTM, glorot_parts, real_words, small_embedding
+from .convlstm import ConvLSTM, walk
+from .words import Reader, glorot_parts
 from ..settings import Config
 
 # %% ../../nbs/rivals/08_rrn.ipynb #60a789b6
@@ -71,7 +70,7 @@ class RRNConfig(Config):
     deep: bool = Field(False, description='every step has a loss, not the last alone')
     text: Literal['own', 'kit'] = Field('own', description="'kit': LTS's bidirectional GRU")
 
-# %% ../../nbs/rivals/08_rrn.ipynb #c97e7dab
+# %% ../../nbs/rivals/08_rrn.ipynb #12f3bb9f
 class RRN(nn.Module):
     "Recurrent refinement: from features and a sentence to logits."
     def __init__(self,
@@ -84,38 +83,28 @@ class RRN(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.tail = nn.Identity() if tail is None else tail
-        d_text = cfg.d_word
-        if cfg.text == 'kit':
-            # two directions of equal width
-            half = (d_text + 1)//2
-            d_text = 2*half
-            self.language = LanguageEncoder(vocab_size, cfg.emb_dim, half, vectors=vectors)
-        else:
-            self.embed = small_embedding(vocab_size, cfg.emb_dim, vectors)
-            self.lstm = ForwardLSTM(cfg.emb_dim, d_text)
-        self.fusion = OneFusion(d_v[0], cfg.d_visual, d_text, cfg.width)
+        self.reader = Reader(vocab_size, cfg.emb_dim, cfg.d_word, vectors, cfg.text)
+        self.fusion = OneFusion(d_v[0], cfg.d_visual, self.reader.width, cfg.width)
         # level 5 is the first of the three maps
-        self.read = [5 - int(level) for level in cfg.levels]
-        self.laterals = nn.ModuleList(conv(d_v[k], cfg.width) for k in self.read)
+        self.order = [5 - int(level) for level in cfg.levels]
+        self.laterals = nn.ModuleList(conv(d_v[k], cfg.width) for k in self.order)
         side = -(-cfg.size//8)
         self.memory = ConvLSTM(cfg.width, cfg.width, (side, side), cfg.peephole, cfg.norm,
                                cfg.kernel)
         self.score = conv(cfg.width, 1, 3)
-    def sentence(self, tokens, lengths):
-        "The sentence as one vector of length 1, (B,d_text)."
-        if self.cfg.text == 'kit': return unit(self.language(tokens, lengths)[1])
-        return unit(self.lstm(self.embed(tokens), real_words(tokens, lengths))[1])
     def maps(self, features, tokens, lengths):
         "What the memory reads: the fusion at stride 8, then a map of each level at its own stride."
         features = [self.tail(features[0]), *features[1:]]
         size = features[-1].shape[-2:]
-        x1 = self.fusion(features[0], self.sentence(tokens, lengths), size)
-        levels = [m(features[k]).relu() for m, k in zip(self.laterals, self.read)]
+        # the sentence enters once, as one vector of length 1
+        sentence = unit(self.reader(tokens, lengths)[2])
+        x1 = self.fusion(features[0], sentence, size)
+        levels = [m(features[k]).relu() for m, k in zip(self.laterals, self.order)]
         return [x1, *levels]
     def forward(self, features, tokens, lengths):
         "Features of the frozen backbone, tokens (B,T) padded with 0, lengths (B,) -> Maps."
         # from the sentence's map to the finest, with one memory
-        states = self.memory.walk(self.maps(features, tokens, lengths))
+        states = walk(self.memory, self.maps(features, tokens, lengths))
         # the last belief is scored, or every one
         scored = states if self.cfg.deep else states[-1:]
         logits = [self.score(h) for h, _ in scored]
