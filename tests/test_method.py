@@ -169,3 +169,12 @@ def test_targets_are_what_they_say(tiny_family):
         image_id = samples.rows[i][0].image_id
         assert len(objects) == sum(a.image_id == image_id and not a.iscrowd for a in refer.annotations.values())
     with pytest.raises(KitError, match='Nearest: box'): Samples(refer, 'train', build_vocab(refer), targets=('boxes',))
+
+
+def test_an_object_without_a_mask_has_no_box(tiny_family, monkeypatch):
+    from lts_nb.data.dataset import Samples
+    from lts_nb.data.text import build_vocab
+    refer = Refer(tiny_family, 'refshapes')
+    samples = Samples(refer, 'train', build_vocab(refer), size=64, targets=('box',))
+    monkeypatch.setattr(refer, 'mask', lambda ann_id: np.zeros((64, 64), bool))
+    with pytest.raises(KitError, match='empty mask'): samples.batch([0])
