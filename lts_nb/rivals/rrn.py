@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OneFusion', 'RRNConfig', 'RRN', 'RRNMethod']
 
-# %% ../../nbs/rivals/08_rrn.ipynb #809f8927
+# %% ../../nbs/rivals/08_rrn.ipynb #a5986644
 from typing import Annotated, Literal
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from .convlstm import ConvLSTM, walk
 from .words import Reader, glorot_parts
 from ..settings import Config
 
-# %% ../../nbs/rivals/08_rrn.ipynb #60a789b6
+# %% ../../nbs/rivals/08_rrn.ipynb #def0bb1d
 class OneFusion(nn.Module):
     """x_1 = ReLU(W_f [v̂; l̂; s] + b_f) in every cell of stride 8, with v̂ = unit(W_0 v1 + b_0)
     (`LSTM_model_convlstm_p543.py`)."""
@@ -49,7 +49,7 @@ class OneFusion(nn.Module):
         place = self.place(coordinates(*size, like=v1))
         return (to_grid(picture, size, 'nearest') + sentence + place).relu()
 
-# %% ../../nbs/rivals/08_rrn.ipynb #fbcfdf87
+# %% ../../nbs/rivals/08_rrn.ipynb #b3c74bb9
 _Size = Annotated[int, Field(ge=1, le=4096)]
 
 class RRNConfig(Config):
@@ -70,7 +70,7 @@ class RRNConfig(Config):
     deep: bool = Field(False, description='every step has a loss, not the last alone')
     text: Literal['own', 'kit'] = Field('own', description="'kit': LTS's bidirectional GRU")
 
-# %% ../../nbs/rivals/08_rrn.ipynb #12f3bb9f
+# %% ../../nbs/rivals/08_rrn.ipynb #b606d0f5
 class RRN(nn.Module):
     "Recurrent refinement: from features and a sentence to logits."
     def __init__(self,
@@ -111,7 +111,7 @@ class RRN(nn.Module):
         if self.cfg.loss_grid == 4: logits = [finer(z) for z in logits]
         return Maps(logits[-1], tuple(logits[:-1]))
 
-# %% ../../nbs/rivals/08_rrn.ipynb #00233d61
+# %% ../../nbs/rivals/08_rrn.ipynb #e352ae78
 class RRNMethod(MapMethod):
     "Row RRN of Table 1."
     name, title, config = 'rrn', 'RRN', RRNConfig
