@@ -11,9 +11,9 @@ from torch import nn
 from ..errors import KitError, unknown_name
 from .cells import conv, to_grid
 
-# %% ../../nbs/rivals/03_convlstm.ipynb #c21ec1e3
+# %% ../../nbs/rivals/03_convlstm.ipynb #94f3655d
 def map_norm(
-    channels:int,
+    channels:int, # of the map
 )->nn.GroupNorm:
     """Layer norm of a whole map: mean and variance over channels and cells of one sample, scale and
     shift a channel. TensorFlow's ε is 1e-12; torch's 1e-5 is not small where inputs have length 1."""
@@ -103,9 +103,9 @@ class ConvLSTM(GatedMemory):
         "Walk over maps. KitError for another grid than the peepholes have."
         return walk(self, maps, order)[-1][0]
 
-# %% ../../nbs/rivals/03_convlstm.ipynb #63b53c9e
+# %% ../../nbs/rivals/03_convlstm.ipynb #f9f1b586
 def walk(
-    memory:ConvLSTM,
+    memory:ConvLSTM, # with the weights
     maps,        # list of (B,c_in,h,w), or of coarser ones, which are copied up to the finest
     order=None,  # which map each step reads; None: each once, in turn
 )->list:         # (h, c) after each step, both (B,width,h,w)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OneFusion', 'RRNConfig', 'RRN', 'RRNMethod']
 
-# %% ../../nbs/rivals/08_rrn.ipynb #809f8927
+# %% ../../nbs/rivals/08_rrn.ipynb #a5986644
 from typing import Annotated, Literal
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from .convlstm import ConvLSTM, walk
 from .words import Reader, glorot_parts
 from ..settings import Config
 
-# %% ../../nbs/rivals/08_rrn.ipynb #60a789b6
+# %% ../../nbs/rivals/08_rrn.ipynb #def0bb1d
 class OneFusion(nn.Module):
     """x_1 = ReLU(W_f [v̂; l̂; s] + b_f) in every cell of stride 8, with v̂ = unit(W_0 v1 + b_0)
     (`LSTM_model_convlstm_p543.py`)."""
@@ -49,7 +49,7 @@ class OneFusion(nn.Module):
         place = self.place(coordinates(*size, like=v1))
         return (to_grid(picture, size, 'nearest') + sentence + place).relu()
 
-# %% ../../nbs/rivals/08_rrn.ipynb #fbcfdf87
+# %% ../../nbs/rivals/08_rrn.ipynb #b3c74bb9
 _Size = Annotated[int, Field(ge=1, le=4096)]
 
 class RRNConfig(Config):
@@ -70,9 +70,9 @@ class RRNConfig(Config):
     deep: bool = Field(False, description='every step has a loss, not the last alone')
     text: Literal['own', 'kit'] = Field('own', description="'kit': LTS's bidirectional GRU")
 
-# %% ../../nbs/rivals/08_rrn.ipynb #12f3bb9f
+# %% ../../nbs/rivals/08_rrn.ipynb #a547dde5
 class RRN(nn.Module):
-    "Recurrent refinement: from features and a sentence to logits."
+    "Recurrent refinement: from features and a sentence to logits (`LSTM_model_convlstm_p543.py`)."
     def __init__(self,
         cfg:RRNConfig,  # the switches
         d_v,            # channels of (F_v1, F_v2, F_v3)
@@ -88,30 +88,25 @@ class RRN(nn.Module):
         # level 5 is the first of the three maps
         self.order = [5 - int(level) for level in cfg.levels]
         self.laterals = nn.ModuleList(conv(d_v[k], cfg.width) for k in self.order)
-        side = -(-cfg.size//8)
-        self.memory = ConvLSTM(cfg.width, cfg.width, (side, side), cfg.peephole, cfg.norm,
-                               cfg.kernel)
+        grid = [-(-cfg.size//8)]*2
+        self.memory = ConvLSTM(cfg.width, cfg.width, grid, cfg.peephole, cfg.norm, cfg.kernel)
         self.score = conv(cfg.width, 1, 3)
     def maps(self, features, tokens, lengths):
         "What the memory reads: the fusion at stride 8, then a map of each level at its own stride."
         features = [self.tail(features[0]), *features[1:]]
-        size = features[-1].shape[-2:]
         # the sentence enters once, as one vector of length 1
         sentence = unit(self.reader(tokens, lengths)[2])
-        x1 = self.fusion(features[0], sentence, size)
-        levels = [m(features[k]).relu() for m, k in zip(self.laterals, self.order)]
-        return [x1, *levels]
+        x1 = self.fusion(features[0], sentence, features[-1].shape[-2:])
+        return [x1, *(m(features[k]).relu() for m, k in zip(self.laterals, self.order))]
     def forward(self, features, tokens, lengths):
         "Features of the frozen backbone, tokens (B,T) padded with 0, lengths (B,) -> Maps."
-        # from the sentence's map to the finest, with one memory
         states = walk(self.memory, self.maps(features, tokens, lengths))
         # the last belief is scored, or every one
-        scored = states if self.cfg.deep else states[-1:]
-        logits = [self.score(h) for h, _ in scored]
+        logits = [self.score(h) for h, _ in (states if self.cfg.deep else states[-1:])]
         if self.cfg.loss_grid == 4: logits = [finer(z) for z in logits]
         return Maps(logits[-1], tuple(logits[:-1]))
 
-# %% ../../nbs/rivals/08_rrn.ipynb #00233d61
+# %% ../../nbs/rivals/08_rrn.ipynb #e352ae78
 class RRNMethod(MapMethod):
     "Row RRN of Table 1."
     name, title, config = 'rrn', 'RRN', RRNConfig
