@@ -364,7 +364,7 @@ class DMN(nn.Module):
         return Maps(F.interpolate(self.collapse(R5), size=(2*h, 2*w), mode='bilinear',
                                   align_corners=self.cfg.aligned))
 
-# %% ../../nbs/rivals/09_dmn.ipynb #d4685630
+# %% ../../nbs/rivals/09_dmn.ipynb #861d295f
 class DMNMethod(MapMethod):
     "DMN, one end-to-end training."
     name, title, config = 'dmn', 'DMN', DMNConfig
@@ -379,7 +379,8 @@ class DMNMethod(MapMethod):
         'Its encoder here is the kit\'s; the official code has DPN-92, Table 1 says ResNet101.',
         'It works at stride 32 (4×4 cells at 128 pixels) and climbs to stride 4 with three maps of'
         ' the backbone, where the official code climbs to stride 1 with five.',
-        'Its threshold is the best one on val; the official code takes the best on the tested split.',
+        'Its threshold is the best one on val; the official code takes the best one on the tested'
+        ' split.',
         'Its memory is kept per cell; the official code walks through all cells (order=scan).',
         'It is trained in one stage, from scratch on every dataset; the official code has two'
         ' stages, and starts RefCOCO+ from RefCOCO.',
