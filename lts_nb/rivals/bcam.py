@@ -99,7 +99,7 @@ class Relations(NamedTuple):
     z: torch.Tensor      # (B,C,h,w): what each cell has gathered
     rest: torch.Tensor   # (B,C,h,w): M₄, which passes by
 
-# %% ../../nbs/rivals/11_bcam.ipynb #7fb26b66
+# %% ../../nbs/rivals/11_bcam.ipynb #208381f2
 class BCAM(nn.Module):
     "Bi-directional cross-modal attention of one level: words for cells, then cells for cells."
     def __init__(self,
@@ -119,7 +119,6 @@ class BCAM(nn.Module):
         self.keys = glorot(nn.Linear(hidden, cells, bias=False))
         self.join = conv(2*width, width)
         self.around = nn.ModuleList(conv(width, context, 3, r) for r in rates)
-        for c in self.around: nn.init.normal_(c.weight, std=.01)
         self.out = conv(len(rates)*context + width, width)
     def relate(self, V, q, words, mask, pads=None):
         "The two attentions -> `Relations`."
