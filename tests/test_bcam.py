@@ -28,12 +28,12 @@ def layer(name, into):
 
 def whole_names():
     "Official variables that are ours under another name."
-    names = {'embedding': 'reader.embed.weight', **layer('out_feature', 'fusion.mix'), **layer('conv2_g', 'last')}
+    names = {'embedding': 'reader.encoder.embed.weight', **layer('out_feature', 'fusion.mix'), **layer('conv2_g', 'last')}
     for i, level in enumerate((5, 4, 3)):
         ours = f'levels.{i}'
-        names |= layer(f'conv_{level}', f'laterals.maps.{i}') | layer(f'conv_sum{level}', f'aux.{i}')
+        names |= layer(f'conv_{level}', f'look.laterals.maps.{i}') | layer(f'conv_sum{level}', f'aux.{i}')
         names |= layer(f'x{level}/conv_C1', f'{ours}.join') | layer(f'x{level}/conv_final_out', f'{ours}.out')
-        names[f'x{level}/W_a'] = f'{ours}.keys.weight'
+        names[f'x{level}/W_a'] = f'{ours}.relate.keys.weight'
         for k, rate in enumerate((1, 3, 5, 7)): names |= layer(f'x{level}/atrous_C_{rate}', f'{ours}.around.{k}')
     for theirs, unit in dict(l_34='t34', l_45='t45', left='t', r_34='b34', r_45='b45', right='b').items():
         names |= layer(f'{theirs}/feature', f'fusion.g.{unit}.feature') | layer(f'{theirs}/gate', f'fusion.g.{unit}.gate')
@@ -46,17 +46,17 @@ def ours_from(g, part):
     out = {ours: of[theirs] for theirs, ours in whole_names().items()}
     for i, level in enumerate((5, 4, 3)):
         ours, x = f'levels.{i}', f'x{level}'
-        out[f'{ours}.of_words.weight'], out[f'{ours}.of_cells.weight'] = of[f'{x}/W_q'].T, of[f'{x}/W_v'].T
+        out[f'{ours}.relate.of_words.weight'], out[f'{ours}.relate.of_cells.weight'] = of[f'{x}/W_q'].T, of[f'{x}/W_v'].T
         # [q, V, place]: the first C inputs are the sentence's
         joint = torch.cat([of[f'{x}/conv_v{k}/DW'] for k in (1, 2, 3, 4)])
-        out[f'{ours}.four.sentence.weight'] = joint[:, :6, 0, 0]
-        out[f'{ours}.four.cells.weight'] = joint[:, 6:]
-        out[f'{ours}.four.cells.bias'] = torch.cat([of[f'{x}/conv_v{k}/biases'] for k in (1, 2, 3, 4)])
+        out[f'{ours}.relate.four.sentence.weight'] = joint[:, :6, 0, 0]
+        out[f'{ours}.relate.four.cells.weight'] = joint[:, 6:]
+        out[f'{ours}.relate.four.cells.bias'] = torch.cat([of[f'{x}/conv_v{k}/biases'] for k in (1, 2, 3, 4)])
     # i, j, f, o of one kernel over [x; h] -> i, f, g, o of torch's two
     kernel, bias = of['lstm/kernel'], of['lstm/bias']
     order = torch.arange(24).view(4, 6)[[0, 2, 1, 3]].flatten()
-    out['reader.lstm.lstm.weight_ih_l0'], out['reader.lstm.lstm.weight_hh_l0'] = kernel[order, :5], kernel[order, 5:]
-    out['reader.lstm.lstm.bias_ih_l0'] = bias[order]
+    out['reader.encoder.lstm.lstm.weight_ih_l0'], out['reader.encoder.lstm.lstm.weight_hh_l0'] = kernel[order, :5], kernel[order, 5:]
+    out['reader.encoder.lstm.lstm.bias_ih_l0'] = bias[order]
     return out
 
 
@@ -69,10 +69,10 @@ def official(g, **changes):
     net = BRINet(BCAMConfig(**OFFICIAL | changes), (8, 7, 5), 12, grid=(H, W)).double()
     weights = ours_from(g, 'bcam/weight/')
     # BasicLSTMCell adds 1 to its forget gate; in torch the 1 stands in the bias
-    weights['reader.lstm.lstm.bias_ih_l0'][6:12] += 1
+    weights['reader.encoder.lstm.lstm.bias_ih_l0'][6:12] += 1
     for name, key in {'weight_ih_l0': 'weight_ih_l0', 'weight_hh_l0': 'weight_hh_l0', 'bias_ih_l0': 'bias_ih_l0'}.items():
-        torch.testing.assert_close(weights[f'reader.lstm.lstm.{name}'], tensor(g[f'bcam/weight/torch_lstm/{key}']))
-    weights['reader.lstm.lstm.bias_hh_l0'] = torch.zeros(24)
+        torch.testing.assert_close(weights[f'reader.encoder.lstm.lstm.{name}'], tensor(g[f'bcam/weight/torch_lstm/{key}']))
+    weights['reader.encoder.lstm.lstm.bias_hh_l0'] = torch.zeros(24)
     net.load_state_dict(weights)
     return net
 
@@ -108,11 +108,11 @@ def test_every_stage_is_the_official_one(g):
         B = []
         for i, level in enumerate((5, 4, 3)):
             near(V[i], g[f'n4/out/V{level}'])
-            r = net.levels[i].relate(V[i], q, words, mask, pads)
-            B.append(net.levels[i](V[i], q, words, mask, pads))
+            r = net.levels[i].relate(V[i], words, q, mask, pads)
+            B.append(net.levels[i](V[i], words, q, mask, pads))
             near(B[-1], g[f'n4/out/B{level}'])
             if level == 3: continue
-            u = net.levels[i].join(torch.cat([r.z, r.l], 1)).relu() + r.rest
+            u = net.levels[i].joined(r)
             for name, value in dict(z=r.z, l=r.l, u=u).items(): near(value, g[f'n4/out/{name}{level}'])
             if level == 4: continue
             near(r.alpha[0], g['n4/out/alpha5'][:, 2:])
@@ -129,7 +129,7 @@ def test_the_padding_has_the_weights_of_zero_words(g):
     net = official(g)
     features, tokens, lengths = inputs(g, 'n4')
     with torch.no_grad(): words, q, mask, pads = net.read(tokens, lengths)
-    with torch.no_grad(): alpha = net.levels[0].relate(net.look(features)[0], q, words, mask, pads).alpha[0]
+    with torch.no_grad(): alpha = net.levels[0].relate(net.look(features)[0], words, q, mask, pads).alpha[0]
     near(1 - alpha.sum(1), g['n4/out/alpha5'][:, :2].sum(1))
 
 

@@ -6,8 +6,8 @@
 __all__ = ['CRFConfig', 'places', 'bilateral_features', 'elevate', 'corner', 'barycentric', 'Packing', 'corners', 'steps',
            'Lattice', 'Blur', 'Exact', 'Symmetric', 'ImageKernel', 'dense_crf']
 
-# %% ../../nbs/rivals/06_densecrf.ipynb #0cec601c
-from typing import Annotated
+# %% ../../nbs/rivals/06_densecrf.ipynb #8bbce177
+from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -15,7 +15,7 @@ from torch.nn.functional import embedding_bag as bags
 from ..errors import KitError
 from ..settings import Config
 
-# %% ../../nbs/rivals/06_densecrf.ipynb #4a937b1d
+# %% ../../nbs/rivals/06_densecrf.ipynb #fa46954e
 _Pixels = Annotated[float, Field(gt=0, le=1e4)]
 _Weight = Annotated[float, Field(ge=0, le=1e4)]
 _Pair = Field(strict=False)
@@ -30,6 +30,8 @@ class CRFConfig(Config):
     rgb: float = Field(3., gt=0, le=255, description='standard deviation of a colour, of 255')
     weights: Annotated[tuple[_Weight, _Weight], _Pair] = Field(
         (3., 10.), description='of the two kernels')
+    spatial: Literal['exact', 'lattice'] = Field(
+        'exact', description="how the first kernel is computed; the usual library: 'lattice'")
     steps: int = Field(5, ge=0, le=1000, description='a part of the recipe: it is no limit')
 
     def scales(self,
@@ -243,7 +245,7 @@ class Symmetric:
     )->torch.Tensor:         # (n,S)
         return self.scale*self.K(self.scale*values)
 
-# %% ../../nbs/rivals/06_densecrf.ipynb #85a6d792
+# %% ../../nbs/rivals/06_densecrf.ipynb #77d9adec
 class ImageKernel:
     "Who pulls whom in one picture: built once, used for all its sentences."
     def __init__(self,
@@ -261,10 +263,11 @@ class ImageKernel:
         self.size, self.cfg = tuple(image.shape[:2]), cfg
         self.dtype = torch.float64 if exact else torch.float32
         near, far = cfg.scales(side or max(self.size))
-        features = bilateral_features(image, far, cfg.rgb)
-        K = [Exact(places(*self.size, device)/near), Exact(features)] if exact else \
-            [Blur(*self.size, near, device), Lattice(features)]
-        self.S = [Symmetric(k, len(features), device, self.dtype) for k in K]
+        near_by, alike = places(*self.size, device)/near, bilateral_features(image, far, cfg.rgb)
+        if exact: K = Exact(near_by), Exact(alike)
+        elif cfg.spatial == 'lattice': K = Lattice(near_by), Lattice(alike)
+        else: K = Blur(*self.size, near, device), Lattice(alike)
+        self.S = [Symmetric(k, len(alike), device, self.dtype) for k in K]
     def pull(self,
         values:torch.Tensor, # (n,S)
     )->torch.Tensor:         # (n,S)
