@@ -370,7 +370,7 @@ class CMPC(nn.Module):
         # one memory reads them from fine to coarse
         return self.answer(self.memory(after), before)
 
-# %% ../../nbs/rivals/12_cmpc.ipynb #839c0e9e
+# %% ../../nbs/rivals/12_cmpc.ipynb #ed48f83d
 class CMPCMethod(MapMethod):
     "Row CMPC of Table 1."
     name, title, config = 'cmpc', 'CMPC', CMPCConfig
@@ -378,7 +378,7 @@ class CMPCMethod(MapMethod):
     main, aux = .7, .1  # weights of the official loss
     notes = ('Its own backbone, a DeepLab ResNet-101 at stride 8 throughout, is replaced by ours.',
              'A bidirectional GRU reads the words, as in LTS; the official code has one LSTM.',
-             'It is trained on masks of a quarter of the size, as LTS is, and not of the full size.')
+             'It is trained on masks of a quarter of the size, as LTS is, not of the full size.')
     widths = {
         'smoke': dict(emb_dim=16, gru_dim=8, type_hidden=8, width=12, out=8, aspp_width=8,
                       aspp_rates=(2, 4, 6)),
