@@ -203,7 +203,7 @@ class Round(nn.Module):
     def __init__(self,
         width:int,  # M
         d_text:int, # of the sentence's vector
-        levels:int=3,
+        levels:int=3, # that exchange
     ):
         super().__init__()
         self.levels = nn.ModuleList(Exchange(width, d_text, levels - 1) for _ in range(levels))
