@@ -7,7 +7,8 @@ from lts_nb.errors import KitError
 from lts_nb.model.losses import bce
 from lts_nb.model.method import METHODS
 from lts_nb.rivals.cells import coordinates, unit
-from lts_nb.rivals.cmpc import CMPC, CMPCConfig, Context, Edges, Level, Reasoning, Round, sentence_of
+from lts_nb.rivals.cmpc import (CMPC, CMPCConfig, Context, Edges, Level, Reasoning, Round,
+                                sentence_of)
 from lts_nb.rivals.convlstm import ConvLSTM, map_norm
 from lts_nb.rivals.mutan import Mutan
 from test_rivals import made_up, settings_of
@@ -251,3 +252,249 @@ def test_gradients_are_the_official_ones(golden):
     # why the key's bias is not ours
     for name in (k for k in arrays if k.startswith('net/four/grad/spa_graph_key') and k.endswith('biases')):
         assert abs(arrays[name]).max() < 1e-12
+
+
+# --- slow twins ------------------------------------------------------------------------------------------------------
+
+def some(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+
+@pytest.fixture
+def toy():
+    "A map of 2×3 cells, words, types and a mask with one padded place: (cells, S, words, types, mask)."
+    torch.manual_seed(0)
+    words = unit(some(2, 4, 10, seed=1), -1)
+    mask = torch.tensor([[True]*4, [True, True, True, False]])
+    words = words*mask[..., None]
+    cells = unit(some(2, 6, 2, 3, seed=2))
+    return cells, coordinates(2, 3, cells).expand(2, -1, -1, -1), words, some(2, 4, 4, seed=3).softmax(-1), mask
+
+
+def test_reasoning_equals_the_whole_adjacency_cell_by_cell(toy):
+    cells, _, words, types, mask = toy
+    r, relation = Reasoning(6, 10).double(), 5*types[..., 2]
+    with torch.no_grad():
+        for p in r.parameters(): p.copy_(some(*p.shape, seed=p.numel()))
+        ours = r(cells, words, relation, mask)
+        for b in range(2):
+            n = int(mask[b].sum())
+            flat = cells[b].flatten(1).T                                   # (N,C)
+            u = words[b, :n] @ r.edges.word.weight.T + r.edges.word.bias
+            adj = torch.zeros(6, 6, dtype=torch.double)
+            B = torch.zeros(6, n, dtype=torch.double)
+            for i in range(6):
+                m = r.edges.cell.weight[:, :, 0, 0] @ flat[i] + r.edges.cell.bias
+                for t in range(n): B[i, t] = m @ u[t]/6**.5*relation[b, t]
+            for i in range(6):
+                for j in range(6):
+                    for t in range(n): adj[i, j] += B[i].softmax(0)[t]*B[:, t].softmax(0)[j]
+            torch.testing.assert_close(adj.sum(1), torch.ones(6, dtype=torch.double))
+            assert adj.std(0).mean() > 1e-3, 'far from uniform, or this test says nothing'
+            def norm(x, layer):
+                x = (x - x.mean())/(x.var(correction=0) + 1e-12).sqrt()
+                return x*layer.weight + layer.bias
+            Z = (flat + norm(adj @ flat, r.heard)).relu()
+            G = norm(Z @ r.update.weight[:, :, 0, 0].T + r.update.bias, r.updated).relu()
+            G = G/G.square().sum(1, keepdim=True).clamp_min(1e-12).sqrt()
+            torch.testing.assert_close(ours[b].flatten(1).T, G, **CLOSE)
+
+
+def test_without_relations_everybody_hears_the_mean_and_words_count_only_through_the_map(toy):
+    cells, _, words, _, mask = toy
+    r, none = Reasoning(6, 10).double(), torch.zeros(2, 4, dtype=torch.double)
+    P, V = r.edges(cells, words, none, mask)
+    flat = cells.flatten(2).transpose(1, 2)
+    heard = P @ (V.transpose(1, 2) @ flat)
+    torch.testing.assert_close(heard, flat.mean(1, keepdim=True).expand_as(heard), **CLOSE)
+    # a word that is no relation keeps the score 0: it still takes part
+    torch.testing.assert_close(P[1, 0], torch.tensor([1/3, 1/3, 1/3, 0], dtype=torch.double), **CLOSE)
+    torch.testing.assert_close(r(cells, words, none, mask), r(cells, -words, none, mask), **CLOSE)
+    assert not torch.allclose(r(cells, words, none + 1, mask), r(cells, -words, none + 1, mask), atol=1e-6)
+
+
+def test_one_word_is_one_message(toy):
+    cells, _, words, types, mask = toy
+    P, V = Edges(6, 10).double()(cells, words[:, :1], types[:, :1, 2], mask[:, :1])
+    adj = P @ V.transpose(1, 2)
+    torch.testing.assert_close(adj, adj[:, :1].expand_as(adj), **CLOSE)
+
+
+def test_the_multimodal_map_does_not_see_a_relation_but_the_exchange_does(toy):
+    cells, S, words, types, mask = toy
+    types = types.clone()
+    types[:, 1] = torch.tensor([0., 0., 1., 0.])
+    other = words.clone()
+    other[:, 1] = unit(some(2, 10, seed=9), -1)
+    entity, attribute, _, unnecessary = types.unbind(-1)
+    fusion = Mutan(14, 10, 6).double()
+    both = torch.cat([cells, S], 1)
+    one, two = (fusion(both, sentence_of(w, entity + attribute, mask)) for w in (words, other))
+    assert torch.equal(one, two)
+    s, t = (sentence_of(w, 1 - unnecessary, mask) for w in (words, other))
+    assert not torch.allclose(s, t, atol=1e-3)
+    # padding is in neither, whatever its types
+    torch.testing.assert_close(sentence_of(words[1:], entity[1:], mask[1:]),
+                               sentence_of(words[1:, :3], entity[1:, :3], mask[1:, :3]), **CLOSE)
+
+
+@pytest.mark.parametrize('join', ['multimodal', 'visual'])
+def test_a_level_equals_one_kernel_over_everything(toy, join):
+    cells, S, words, types, mask = toy
+    level = Level(6, 10, 5, 3, join).double()
+    q, relation = unit(some(2, 10, seed=4)), types[..., 2]
+    M = level.entities(torch.cat([cells, S], 1), q)
+    G = level.reasoning(M, words, relation, mask)
+    tiled = q[:, :, None, None].expand(-1, -1, 2, 3)
+    kernel = torch.cat([level.cells.weight[:, :12], level.sentence.weight[:, :, None, None],
+                        level.cells.weight[:, 12:]], 1)
+    everything = torch.cat([M if join == 'multimodal' else cells, G, tiled, S], 1)
+    literal = F.conv2d(everything, kernel, level.cells.bias).relu()
+    torch.testing.assert_close(level(cells, S, words, q, relation, mask), literal, **CLOSE)
+
+
+def test_the_exchange_equals_loops_over_levels_and_cells():
+    torch.manual_seed(0)
+    r = Round(4, 7).double()
+    with torch.no_grad():
+        for p in r.parameters(): p.copy_(some(*p.shape, seed=p.numel()))
+    maps, s = [some(2, 4, 2, 3, seed=k) for k in range(3)], some(2, 7, seed=5)
+    with torch.no_grad(): ours = r(maps, s)
+    for b in range(2):
+        for i, level in enumerate(r.levels):
+            c, flat = level.context, maps[i][b].flatten(1).T
+            query = c.query.weight @ s[b] + c.query.bias
+            scores = torch.stack([(c.key.weight[:, :, 0, 0] @ y) @ query/4**.5 for y in flat])
+            a = scores.softmax(0)
+            g = c.both.weight @ torch.cat([(a[:, None]*flat).sum(0), s[b]]) + c.both.bias
+            g = g/g.norm()
+            for n, y in enumerate(flat):
+                total = y.clone()
+                for k, j in enumerate(j for j in range(3) if j != i):
+                    gate = (level.gates[k].weight @ g + level.gates[k].bias).sigmoid()
+                    carry = level.carried[k]
+                    other = maps[j][b].flatten(1).T[n]
+                    total += gate*(carry.weight[:, :, 0, 0] @ other + carry.bias).relu()
+                torch.testing.assert_close(ours[i][b].flatten(1).T[n], total/total.norm(), **CLOSE)
+
+
+def test_a_bias_of_the_key_would_change_nothing():
+    c = Context(4, 7).double()
+    Y, s = some(2, 4, 2, 3), some(2, 7, seed=1)
+    shifted = (c.key(Y) + some(4, seed=2)[:, None, None])*c.query(s)[..., None, None]
+    torch.testing.assert_close((shifted.sum(1).flatten(1)/2).softmax(-1), c.attend(Y, s), **CLOSE)
+
+
+def test_the_norms_are_over_the_whole_map_and_have_tensorflows_epsilon(toy):
+    cells = toy[0]
+    loud = cells.clone()
+    loud[..., 0, 0] *= 100
+    norm = map_norm(6).double()
+    assert norm.eps == 1e-12 and not torch.allclose(norm(loud)[..., 1, :], norm(cells)[..., 1, :], atol=.1)
+    model = METHODS['cmpc'].build(settings_of('cmpc')[1], (12, 10, 6), range(40))
+    assert all(m.eps == 1e-12 for m in model.modules() if isinstance(m, torch.nn.GroupNorm))
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm | torch.nn.BatchNorm2d)]
+
+
+# --- switches, loss, errors ------------------------------------------------------------------------------------------
+
+SENTENCES = [[5, 6, 7], [8]]
+
+
+def answered(name='cmpc', **changes):
+    "Settings, network and answer of a small network for two sentences at 128 pixels."
+    method, cfg = settings_of(name, **changes)
+    torch.manual_seed(0)
+    model = method.build(cfg, (12, 10, 6), range(40)).double()
+    features, words = made_up(SENTENCES)
+    return method, cfg, model, method.forward(model, features, words)
+
+
+def test_the_switches_change_the_network():
+    _, _, plain, out = answered()
+    for changes in (dict(join='visual'), dict(rounds=1), dict(rounds=0), dict(peephole='none'), dict(text='lstm')):
+        _, _, model, other = answered(**changes)
+        assert not torch.allclose(out.mask, other.mask), changes
+    assert len(answered(rounds=0)[2].tgfe) == 0 and len(answered(rounds=3)[2].tgfe) == 3
+    assert not answered(peephole='none')[2].memory.peep
+
+
+def test_peepholes_of_a_place_hold_a_network_to_its_size_and_those_of_a_channel_do_not():
+    features, words = made_up(SENTENCES, size=64)
+    with pytest.raises(KitError, match='peepholes'): METHODS['cmpc'].forward(answered()[2], features, words)
+    out = METHODS['cmpc'].forward(answered(peephole='channel')[2], features, words)
+    assert out.mask.shape == (2, 1, 16, 16)
+
+
+@pytest.mark.parametrize('seg, aux, prior', [('none', 3, False), ('prior', 4, True), ('replace', 3, False)])
+def test_seg_and_its_loss(seg, aux, prior):
+    method, cfg, model, out = answered('cmpc-seg', seg=seg)
+    assert out.mask.shape == (2, 1, 32, 32) and len(out.aux) == aux and (method.prior(out) is not None) == prior
+    g = torch.Generator().manual_seed(0)
+    batch = {'mask': (torch.rand(2, 1, 32, 32, generator=g) > .8).float(),
+             'prior': (torch.rand(2, 1, 16, 16, generator=g) > .8).float()}
+    loss, parts = method.loss(cfg, out, batch)
+    def summed(logits, name):
+        return F.binary_cross_entropy_with_logits(logits, batch[name].double(), reduction='sum')/2
+    wanted = .7*summed(out.mask, 'mask') + .1*sum(summed(a, 'mask') for a in out.aux[:3])
+    if prior: wanted = wanted + .1*summed(out.prior, 'prior')
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def test_seg_reads_the_memory_and_the_score():
+    _, _, model, out = answered('cmpc-seg')
+    model.eval()
+    features, words = made_up(SENTENCES)
+    out, seen = watched(model, features, words['tokens'], words['lengths'])
+    (memory, score), mask = seen['answer.segment'][0]
+    assert torch.equal(memory, seen['memory'][0][1]) and torch.equal(score, out.prior) and torch.equal(mask, out.mask)
+    # auxiliary masks are drawn before the exchange
+    for i in range(3): assert torch.equal(seen[f'answer.early.{i}'][0][0][0], seen['levels'][0][1][i])
+
+
+def test_two_rows_with_their_thresholds():
+    cmpc, plus = METHODS['cmpc'], METHODS['cmpc-seg']
+    assert (cmpc.threshold, cmpc.finishes, cmpc.config().seg) == (.5, ('plain', 'crf'), 'none')
+    assert (plus.threshold, plus.finishes, plus.config().seg) == (.25, ('plain',), 'prior')
+    assert cmpc.main == .7 and cmpc.aux == .1 and cmpc.stride(cmpc.config()) == 4
+
+
+def test_a_trainable_tail_is_used():
+    method, cfg = settings_of('cmpc')
+    features, words = made_up(SENTENCES)
+    tail = torch.nn.Conv2d(3, 12, 1).double()
+    model = method.build(cfg, (12, 10, 6), range(40), tail=tail).double()
+    short = (features[0][:, :3], *features[1:])
+    method.loss(cfg, method.forward(model, short, words), {'mask': torch.ones(2, 1, 32, 32)})[0].backward()
+    assert tail.weight.grad.abs().max() > 0
+
+
+def test_half_precision_stays_near():
+    method, cfg, model, out = answered()
+    model.float()
+    features, words = made_up(SENTENCES)
+    features = [f.float() for f in features]
+    with torch.autocast('cpu', torch.bfloat16): half = method.forward(model, features, words)
+    assert torch.isfinite(half.mask).all()
+    apart = (method.probability(half) - method.probability(out)).abs().max()
+    assert apart < .05
+
+
+def test_published_widths():
+    method = METHODS['cmpc']
+    with torch.device('meta'): model = method.build(method.config(), (1024, 512, 256), range(10_000))
+    assert round(sum(p.numel() for p in model.parameters())/1e6, 1) == 73.2
+    assert sum(p.numel() for p in model.memory.peep.parameters()) == 3*52*52*500
+
+
+def test_settings_are_refused_with_a_sentence():
+    for wrong, said in ((dict(seg='more'), 'seg'), (dict(size=100), 'size'), (dict(join='both'), 'join'),
+                        (dict(rounds=-1), 'rounds'), (dict(peephole='cell'), 'peephole')):
+        with pytest.raises(KitError, match=said): CMPCConfig(**wrong)
+    model, (features, words) = answered()[2], made_up(SENTENCES)
+    words['lengths'][1] = 0
+    with pytest.raises(KitError, match='no word'): METHODS['cmpc'].forward(model, features, words)
+    lstm = answered(text='lstm')[2]
+    with pytest.raises(KitError, match='no word'): METHODS['cmpc'].forward(lstm, features, words)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Mutan']
 
-# %% ../../nbs/rivals/04_mutan.ipynb #eb8a5433
+# %% ../../nbs/rivals/04_mutan.ipynb #4fbe8afe
 import torch
 from torch import nn
 from .cells import conv, glorot, unit
 
-# %% ../../nbs/rivals/04_mutan.ipynb #54bc37fa
+# %% ../../nbs/rivals/04_mutan.ipynb #616641f6
 class Mutan(nn.Module):
     "Low-rank bilinear fusion of a map and a vector (Ben-younes et al. 2017), as CMPC and LSCM use it."
     def __init__(self,
