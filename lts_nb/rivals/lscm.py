@@ -139,12 +139,12 @@ def suppressed(
     factors = torch.full(up.shape, alpha, dtype=kind, device=heads.device)
     return factors.masked_fill(up | up.transpose(1, 2), 1.)
 
-# %% ../../nbs/rivals/13_lscm.ipynb #e420483a
+# %% ../../nbs/rivals/13_lscm.ipynb #acde4416
 class WordNorm(nn.Module):
     """Layer norm over the real words and the channels together, scale and shift a channel
     (`contrib.layers.layer_norm` of TensorFlow 1, which LSCM uses; ε is 1e-12)."""
     def __init__(self,
-        channels:int,
+        channels:int,    # of a word's vector
         eps:float=1e-12, # torch's 1e-5 is not small here: the words have length 1
     ):
         super().__init__()
