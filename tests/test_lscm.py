@@ -92,7 +92,7 @@ def test_trees_by_hand(said):
 
 
 @pytest.mark.parametrize('said', ['the shiny ball', 'left', 'w5 w6', 'the ball to the left of the', 'red', 'that is',
-                                  'ball box', 'of ball', 'far'])
+                                  'ball box', 'of ball', 'far', 'ball far', 'ball that'])
 def test_a_sentence_without_a_tree_is_refused_in_a_sentence(said):
     with pytest.raises(KitError, match="no tree.*tree='chain'.*parser.*tree='spacy'") as e: grammar_heads(said.split())
     assert repr(said) in str(e.value)
