@@ -92,7 +92,7 @@ def test_trees_by_hand(said):
 
 
 @pytest.mark.parametrize('said', ['the shiny ball', 'left', 'w5 w6', 'the ball to the left of the', 'red', 'that is',
-                                  'ball box', 'of ball', 'far'])
+                                  'ball box', 'of ball', 'far', 'ball far', 'ball that'])
 def test_a_sentence_without_a_tree_is_refused_in_a_sentence(said):
     with pytest.raises(KitError, match="no tree.*tree='chain'.*parser.*tree='spacy'") as e: grammar_heads(said.split())
     assert repr(said) in str(e.value)
@@ -377,7 +377,7 @@ def test_the_walk_is_five_plain_steps():
     state = None
     for k in (0, 1, 2, 1, 0): state = net.walk.step(net.walk.x(maps[k]), state)
     torch.testing.assert_close(net.walk(maps, net.order), state[0], rtol=0, atol=1e-13)
-    assert abs(float(state[1].mean())) < 1e3 and not torch.allclose(net.walk(maps), state[0])
+    assert not torch.allclose(net.walk(maps), state[0])
 
 
 # ----- the network

@@ -6,7 +6,7 @@
 __all__ = ['TREES', 'grammar_heads', 'chain_heads', 'spacy_heads', 'heads_of', 'suppressed', 'WordNorm', 'WordGraph', 'Level',
            'LSCMConfig', 'LSCM', 'LSCMMethod']
 
-# %% ../../nbs/rivals/13_lscm.ipynb #d181d036
+# %% ../../nbs/rivals/13_lscm.ipynb #aec6b128
 from functools import lru_cache
 from typing import Literal
 import torch
@@ -23,7 +23,7 @@ from .mutan import Mutan
 from .words import softmax_over_words
 from ..settings import Config
 
-# %% ../../nbs/rivals/13_lscm.ipynb #e3e0e2ad
+# %% ../../nbs/rivals/13_lscm.ipynb #466659cf
 _NOUN = {noun for nouns in NOUNS.values() for noun in nouns}
 _ARTICLE, _SIDE = {'the', 'a', 'an'}, {'left', 'right', 'top', 'bottom', 'middle'}
 _LOOK = {*COLOURS, *SIZES, *PATTERNS}
@@ -46,7 +46,7 @@ def _phrase(words, t):
     end = next((k for k in range(t + 1, len(words)) if words[k] in _END), len(words))
     return range(t + 1, end)
 
-# %% ../../nbs/rivals/13_lscm.ipynb #a94f93b8
+# %% ../../nbs/rivals/13_lscm.ipynb #f1631c13
 def _head(words, t):
     "Index of a word's head, -1 for the root, None where no rule speaks of the word."
     word, rest = words[t], _phrase(words, t)
@@ -81,7 +81,7 @@ def grammar_heads(
     raise KitError('the grammar of RefShapes finds no tree for this sentence', repr(said[:80]),
                    "Set tree='chain', or install the extra 'parser' and set tree='spacy'")
 
-# %% ../../nbs/rivals/13_lscm.ipynb #3d6acfdb
+# %% ../../nbs/rivals/13_lscm.ipynb #d8736524
 def chain_heads(
     words,   # of one sentence
 )->tuple:    # -1, 0, 1, 2 …
@@ -111,7 +111,7 @@ def spacy_heads(
 
 TREES = {'grammar': grammar_heads, 'spacy': spacy_heads, 'chain': chain_heads}
 
-# %% ../../nbs/rivals/13_lscm.ipynb #647c83af
+# %% ../../nbs/rivals/13_lscm.ipynb #888f9192
 @lru_cache(2**18)
 def _heads(tree, words):
     "The heads of one sentence; a sentence is parsed once."
@@ -126,7 +126,7 @@ def heads_of(
     rows = [torch.tensor(_heads(tree, tuple(words))) for words in sentences]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
-# %% ../../nbs/rivals/13_lscm.ipynb #81b51b27
+# %% ../../nbs/rivals/13_lscm.ipynb #81ab3b89
 def suppressed(
     heads,            # (B,T) int64, from `heads_of`
     alpha:float=.1,   # what is left of an edge that the tree does not have
@@ -139,12 +139,12 @@ def suppressed(
     factors = torch.full(up.shape, alpha, dtype=kind, device=heads.device)
     return factors.masked_fill(up | up.transpose(1, 2), 1.)
 
-# %% ../../nbs/rivals/13_lscm.ipynb #6870282a
+# %% ../../nbs/rivals/13_lscm.ipynb #acde4416
 class WordNorm(nn.Module):
     """Layer norm over the real words and the channels together, scale and shift a channel
     (`contrib.layers.layer_norm` of TensorFlow 1, which LSCM uses; ε is 1e-12)."""
     def __init__(self,
-        channels:int,
+        channels:int,    # of a word's vector
         eps:float=1e-12, # torch's 1e-5 is not small here: the words have length 1
     ):
         super().__init__()
@@ -166,7 +166,7 @@ class WordNorm(nn.Module):
         normal = off*(variance + self.eps).rsqrt()
         return (normal*self.weight + self.bias)*real
 
-# %% ../../nbs/rivals/13_lscm.ipynb #a33392a7
+# %% ../../nbs/rivals/13_lscm.ipynb #48a0c19c
 class WordGraph(nn.Module):
     "Gather, propagate, distribute: `LSCM_model_p2345.py` of the official code, steps 3 to 5."
     def __init__(self,
@@ -186,7 +186,7 @@ class WordGraph(nn.Module):
         self.update = glorot(nn.Linear(width, width))
         self.norm_heard, self.norm_new = WordNorm(width), WordNorm(width)
 
-# %% ../../nbs/rivals/13_lscm.ipynb #b5763a21
+# %% ../../nbs/rivals/13_lscm.ipynb #ab1a0f64
 @patch
 def gather(self:WordGraph,
     m,      # (B,C,P) the multimodal map, cells in a row
@@ -199,7 +199,7 @@ def gather(self:WordGraph,
     maps = (asked @ m*self.scale).softmax(-1)
     return maps, unit(maps @ m.transpose(1, 2), -1)
 
-# %% ../../nbs/rivals/13_lscm.ipynb #20de08e4
+# %% ../../nbs/rivals/13_lscm.ipynb #e2a1d8c6
 @patch
 def edges(self:WordGraph,
     nodes,       # (B,T,C)
@@ -216,10 +216,10 @@ def propagate(self:WordGraph, nodes, mask, heads=None):
     "One round of messages: r = ReLU(LN(W_u b')), b' = ReLU(b + LN(E b))."
     heard = self.norm_heard(self.edges(nodes, mask, heads) @ nodes, mask)
     nodes = (nodes + heard).relu()
-    # padding says nothing to the cells
-    return self.norm_new(self.update(nodes), mask).relu()*mask[..., None]
+    # the norm leaves padding at 0, so it says nothing to the cells
+    return self.norm_new(self.update(nodes), mask).relu()
 
-# %% ../../nbs/rivals/13_lscm.ipynb #d464e3d3
+# %% ../../nbs/rivals/13_lscm.ipynb #c0289ffc
 @patch
 def distribute(self:WordGraph,
     maps,   # (B,T,P) from `gather`
@@ -235,7 +235,7 @@ def forward(self:WordGraph, m, words, mask, heads=None):
     nodes = self.propagate(nodes, mask, heads)
     return self.distribute(maps, nodes).view_as(m)
 
-# %% ../../nbs/rivals/13_lscm.ipynb #f51b9c9c
+# %% ../../nbs/rivals/13_lscm.ipynb #9a838bf0
 class Level(nn.Module):
     "What happens at one level of the backbone, before the levels meet (steps 2 to 6)."
     def __init__(self,
@@ -270,7 +270,7 @@ class Level(nn.Module):
         mixed = self.cells(torch.cat([m, d, s], 1))
         return (mixed + self.sentence(q)[:, :, None, None]).relu()
 
-# %% ../../nbs/rivals/13_lscm.ipynb #cdbc8e04
+# %% ../../nbs/rivals/13_lscm.ipynb #ccf4aee8
 class LSCMConfig(Config):
     "Every switch of LSCM; the defaults are the widths of the official code."
     part = 'model configuration'
@@ -289,7 +289,7 @@ class LSCMConfig(Config):
         'position', description="of the ConvLSTM: one weight a cell ties it to the input's size")
     size: int = Field(416, ge=32, le=2048, description='side of the input, pixels')
 
-# %% ../../nbs/rivals/13_lscm.ipynb #a4ced69d
+# %% ../../nbs/rivals/13_lscm.ipynb #268c8398
 class LSCM(nn.Module):
     "Linguistic structure guided context modeling (Hui et al., ECCV 2020)."
     def __init__(self,
@@ -322,7 +322,7 @@ class LSCM(nn.Module):
             q = words.masked_fill(~mask[..., None], float('-inf')).amax(1)
         return unit(words, -1), unit(q, -1), mask
 
-# %% ../../nbs/rivals/13_lscm.ipynb #52d67ddf
+# %% ../../nbs/rivals/13_lscm.ipynb #c685f68d
 @patch
 def answer(self:LSCM,
     levels,      # list of (B,C,h,w), deepest first, of length 1 in every cell
@@ -350,7 +350,7 @@ def forward(self:LSCM, features, tokens, lengths, heads=None):
     levels = [unit(v) for v in self.laterals(features)]
     return self.answer(levels, words, q, mask, heads)
 
-# %% ../../nbs/rivals/13_lscm.ipynb #5c177c2d
+# %% ../../nbs/rivals/13_lscm.ipynb #a4cc6cdc
 class LSCMMethod(MapMethod):
     "LSCM: words gather, talk along a tree, and hand back."
     name, title, config = 'lscm', 'LSCM', LSCMConfig
