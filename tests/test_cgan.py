@@ -163,6 +163,13 @@ def test_words_as_query_see_no_padding_and_differ_from_step_to_step():
         torch.testing.assert_close(weights.sum(1), torch.ones(3).double())
         assert (weights[1, 2:] == 0).all() and (weights[2, 1:] == 0).all()
     assert (out.words[0] - out.words[1]).abs().max() > 1e-4
+    # the second step asks with what the first has read
+    words, f, mask = model.language(batch['tokens'], batch['lengths'])
+    x = model.trunk(*features, f)[-1]
+    seen, _, first = model.steps[0](x, f, words, mask, torch.zeros(3, 16).double())
+    second, unread = (model.steps[1].ask(words, mask, f, found)[1] for found in (seen.found, torch.zeros(3, 16).double()))
+    torch.testing.assert_close(out.words[1], second)
+    assert (second - unread).abs().max() > 1e-5
     alone = run(model, tuple(f[1:2] for f in features), dict(tokens=batch['tokens'][1:2, :2], lengths=batch['lengths'][1:2]))
     torch.testing.assert_close(alone.mask, out.mask[1:2], rtol=0, atol=1e-9)
     loss, _ = METHOD.loss(cfg, run(model.train(), features, batch), batch)
