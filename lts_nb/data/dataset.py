@@ -89,9 +89,12 @@ def geometry(self:Samples,
 def box(self:Samples,
     ann_id:int,     # the object
 )->torch.Tensor:    # (4,): middle x and y, width, height, as shares of the input's side
-    "The box around an object's mask, in the letterboxed input."
+    "The box around an object's mask, in the letterboxed input. KitError for an empty mask."
     if ann_id not in self._boxes:
         mask = self.refer.mask(ann_id)
+        if not mask.any():
+            raise KitError(f'the object {ann_id} has an empty mask, so it has no box',
+                           self.refer.root, 'Run lts data check, or choose a method without boxes')
         g = letterbox_geometry(*mask.shape, self.size, self.stretch)
         ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         # pixel edges of the picture, brought to pixels of the input
