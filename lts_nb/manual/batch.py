@@ -364,9 +364,12 @@ def _say_failures(out, failed, shared):
 # %% ../../nbs/manual/03_batch.ipynb #45f5cb39
 def _shared_failure(out, plan):
     "The log of a shared step that failed, or None."
-    if plan['recipe'] and not (out/'shared'/'data.json').exists(): return out/'shared'/'data.log'
-    if plan['backbone'] and not (out/plan['backbone']).exists(): return out/'shared'/'pretrain.log'
-    return None
+    log = None
+    if plan['recipe'] and not (out/'shared'/'data.json').exists(): log = out/'shared'/'data.log'
+    elif plan['backbone'] and not (out/plan['backbone']).exists():
+        log = out/'shared'/'pretrain.log'
+    # where the step did not even begin, Snakemake says why
+    return log if log is None or log.exists() else out/'snakemake.log'
 
 # %% ../../nbs/manual/03_batch.ipynb #87fd8992
 def release_features(
