@@ -333,8 +333,8 @@ def test_the_multimodal_map_does_not_see_a_relation_but_the_exchange_does(toy):
     assert torch.equal(one, two)
     s, t = (sentence_of(w, 1 - unnecessary, mask) for w in (words, other))
     assert not torch.allclose(s, t, atol=1e-3)
-    # padding is in neither, whatever its types
-    torch.testing.assert_close(sentence_of(words[1:], entity[1:], mask[1:]),
+    # padding is in neither, whatever stands there
+    torch.testing.assert_close(sentence_of(words[1:] + ~mask[1:, :, None], entity[1:], mask[1:]),
                                sentence_of(words[1:, :3], entity[1:, :3], mask[1:, :3]), **CLOSE)
 
 
