@@ -226,8 +226,9 @@ def test_the_norm_keeps_its_epsilon():
     x = 1e-3*torch.randn(1, 1, 6, dtype=torch.double)
     out = WordNorm(6).double()(x, torch.ones(1, 1, dtype=torch.bool))
     assert abs(float(out.detach().var(correction=0)) - 1) < 1e-5
-    half = WordNorm(6)(x.bfloat16(), torch.ones(1, 1, dtype=torch.bool))
-    assert half.dtype == torch.float32
+    narrow = x.bfloat16()
+    half, exact = (WordNorm(6)(v, torch.ones(1, 1, dtype=torch.bool)) for v in (narrow, narrow.float()))
+    assert torch.equal(half, exact), 'computed in single precision'
 
 
 # ----- gather and distribute
