@@ -212,7 +212,7 @@ PRESETS = {
         train=dict(lr=3e-3, epoch_refs=300)),
 }
 # the cpu preset on the development seed: learning rates are searched there, and nothing is graded
-PRESETS['dev'] = PRESETS['cpu'] | dict(datasets={'refcoco': 'refshapes'},
+PRESETS['dev'] = PRESETS['cpu'] | dict(datasets={'refcoco': 'refshapes'}, like='cpu',
                                        recipe=asdict(Recipe(seed=0)))
 
 # %% ../../nbs/evidence/02_experiments.ipynb #322e85ae
@@ -286,13 +286,14 @@ def run_config(
     # what some networks must know of the data: the longest sentence, the side of the input
     known = dict(max_len=MAX_LEN[role], size=size)
     told = {k: v for k, v in known.items() if k in method.config.model_fields}
-    rate = {'lr': method.rates[preset]} if preset in method.rates else {}
+    like = p.get('like', preset)
+    rate = {'lr': method.rates[like]} if like in method.rates else {}
     return RunConfig(
         run=run_name(experiment, ours, preset, seed), experiment=experiment, dataset=ours,
         preset=preset, seed=seed, method=method.name, splits=_splits(experiment, role),
         finishes=_finishes(experiment, method),
         data=data | e.get('data', {}),
-        model=told | method.widths.get(preset, {}) | e.get('model', {}),
+        model=told | method.widths.get(like, {}) | e.get('model', {}),
         backbone=_backbone(p, pretrain), train=p['train'] | rate | e.get('train', {}),
         compute=p['compute'])
 

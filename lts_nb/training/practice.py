@@ -6,6 +6,7 @@
 __all__ = ['Practice', 'practice_set', 'practice_batch', 'by_heart', 'show_masks']
 
 # %% ../../nbs/training/10_practice.ipynb #3276c5c5
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -108,6 +109,6 @@ def show_masks(
     for ax, picture, said, m in zip(axes, pixels, practice.sentences, maps):
         grey = picture.float().mean(0)
         ax.imshow(grey, cmap='gray', vmin=0, vmax=1, extent=(0, 1, 1, 0))
-        ax.imshow(m.squeeze(0).detach(), cmap=cmap, alpha=.6, extent=(0, 1, 1, 0))
-        ax.set_title(said, fontsize=8, wrap=True)
+        ax.imshow(m.squeeze(0).detach(), cmap=cmap, alpha=.6, extent=(0, 1, 1, 0), vmin=0, vmax=1)
+        ax.set_title('\n'.join(textwrap.wrap(said, 30)), fontsize=8)
         ax.set(xticks=[], yticks=[])
