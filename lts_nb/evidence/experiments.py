@@ -147,6 +147,7 @@ def blind_of(
     "The control that answers on the same grid, trained with other objects' sentences."
     return {4: 'blind', 8: 'blind-noseg'}[stride_of(experiment)]
 
+# %% ../../nbs/evidence/02_experiments.ipynb #06fcfbb6
 class Cells(NamedTuple):
     "Which cells of the tables are wanted."
     tables: tuple = ()       # numbers as text; empty: all of the paper's
@@ -179,7 +180,6 @@ def rows(
             out += [(r.table, r.row, r.experiment, d, s) for s in r.splits or SPLITS_OF[d]]
     frame = pd.DataFrame(out, columns=['table', 'row', 'experiment', 'dataset', 'split'])
     return frame.assign(blind=frame.experiment.map(blind_of))
-
 
 # %% ../../nbs/evidence/02_experiments.ipynb #fd409f66
 SHAPES = {'refcoco': 'refshapes', 'refcoco+': 'refshapes+', 'refcocog': 'refshapesg'}

@@ -511,6 +511,7 @@ def thresholds_frame(
     keys = ['experiment', 'dataset', 'split']
     return frame.groupby(keys, sort=False).mean().reset_index()
 
+# %% ../../nbs/evidence/03_tables.ipynb #05ebeb2a
 def costs_frame(
     results:list,   # from `load_results`
 )->pd.DataFrame:    # experiment, method, parameters, GFLOPs, train_seconds, ms a sentence, ms of each finish, oIoU
@@ -529,6 +530,7 @@ def costs_frame(
     if frame.empty: return frame
     return frame.groupby(['experiment', 'dataset'], sort=False).mean().reset_index()
 
+# %% ../../nbs/evidence/03_tables.ipynb #071958f4
 def best_rates(
     frame:pd.DataFrame, # table 'rates' of `paper_table`, or its csv
 )->dict:                # method -> the rate with the highest overall IoU on the development seed

@@ -79,6 +79,7 @@ def _threshold(result, config):
     raise KitError('the run does not say which threshold was chosen on val', 'result.json',
                    'Run lts reproduce again')
 
+# %% ../../nbs/manual/04_predict.ipynb #dedec877
 def load_run(
     folder=None, # DIR/runs/<run>; None: the run that the kit ships
     root=None,   # the data's folder: only where the backbone's weights lie there (preset paper)

@@ -48,7 +48,7 @@ def conv(
     c_out:int,      # channels
     k:int=1,        # side of the kernel, odd
     rate:int=1,     # distance of its taps
-    bias:bool=True,
+    bias:bool=True, # begins at 0
 )->nn.Conv2d:
     "A convolution that keeps the map's size, without norm or activation; Glorot uniform, bias 0."
     layer = nn.Conv2d(c_in, c_out, k, padding=rate*(k//2), dilation=rate, bias=bias)

@@ -31,13 +31,16 @@ class Practice(NamedTuple):
     source: LiveFeatures
     rows: list         # indices of the chosen sentences in `samples`
     @property
-    def sentences(self): return [self.samples.rows[r][1].sent for r in self.rows]
+    def sentences(self):
+        "What is said."
+        return [self.samples.rows[r][1].sent for r in self.rows]
     @property
     def images(self):
         "The pictures, (H, W, 3) uint8."
         refer = self.samples.refer
         return [refer.open_image(self.samples.rows[r][0].image_id) for r in self.rows]
 
+# %% ../../nbs/training/10_practice.ipynb #72fa05e9
 def practice_set(
     folder,          # where the pictures are made
     method:Method,   # what it needs goes into the batch
@@ -61,7 +64,7 @@ def practice_set(
     return Practice(samples, vocab, backbone.channels, source, list(first.values())[:n])
 
 def practice_batch(
-    practice:Practice,
+    practice:Practice, # from `practice_set`
 )->tuple: # (features, batch), as the training loop would hand them over
     "The chosen sentences as one batch."
     batch = practice.samples.batch(practice.rows)
@@ -102,7 +105,7 @@ def show_masks(
     practice:Practice, # whose sentences
     maps,              # (n, 1, h, w) or (n, h, w) in 0 … 1: probabilities, or an attention scaled to 1
     axes,              # one a sentence
-    cmap:str='inferno',
+    cmap:str='inferno',# of the map
 ):
     "A map on the letterboxed picture of each sentence, with the sentence as the title."
     pixels = practice.source.images(practice.samples.batch(practice.rows)['images'])

@@ -102,6 +102,7 @@ class _Keep:
         for keeper in self.keepers.values():
             if hasattr(keeper, 'again'): keeper.again(*scored)
 
+# %% ../../nbs/training/09_run.ipynb #8cfc1b64
 class Scored(NamedTuple):
     "What `score_run` found, by split."
     metrics: dict     # of the method's own finish
@@ -112,6 +113,7 @@ class Scored(NamedTuple):
     threshold: float  # that its masks were cut at
     milliseconds: dict # {forward, and each finish: a sentence's time on the last split}
 
+# %% ../../nbs/training/09_run.ipynb #1b9487fe
 def score_run(
     run:Run, # trained
 )->Scored:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..errors import atomic_path, unknown_name, write_text
 from ..data.dataset import Samples
@@ -147,49 +148,56 @@ class _Scorer:
         self.seconds[name] += time.perf_counter() - began
         return self.found
 
-    def picture(self, image_id):
-        "A picture as the network sees it, and how it lies in the input."
-        s = self.samples
-        pixels = letterbox_image(s.refer.open_image(image_id), s.size, s.stretch)
-        return (pixels.transpose(1, 2, 0)*255).round().astype(np.uint8), s.geometry(image_id)
+# %% ../../nbs/training/08_scoring.ipynb #01269d0b
+@patch
+def picture(self:_Scorer, image_id):
+    "A picture as the network sees it, and how it lies in the input."
+    s = self.samples
+    pixels = letterbox_image(s.refer.open_image(image_id), s.size, s.stretch)
+    return (pixels.transpose(1, 2, 0)*255).round().astype(np.uint8), s.geometry(image_id)
 
-    def __call__(self, out, b):
-        "One batch."
-        s, prior = self.samples, self.method.prior(out)
-        prior = [None]*len(b['rows']) if prior is None else prior.cpu()[:, 0]
-        geometries = [s.geometry(i) for i in b['images']]
-        for k, finish in enumerate(self.finishes):
-            masks, full = self.timed(finish, _answers, self.method, self.cfg, finish, out,
-                                     self.threshold, s.size, b, self.pictures, geometries)
-            for i, row in enumerate(b['rows']):
-                if k == 0: self.first(row, masks[i], full[i], prior[i], geometries[i])
-                else: self.again(k, finish, row, masks[i])
+@patch
+def __call__(self:_Scorer, out, b):
+    "One batch."
+    s, prior = self.samples, self.method.prior(out)
+    prior = [None]*len(b['rows']) if prior is None else prior.cpu()[:, 0]
+    geometries = [s.geometry(i) for i in b['images']]
+    for k, finish in enumerate(self.finishes):
+        masks, full = self.timed(finish, _answers, self.method, self.cfg, finish, out,
+                                 self.threshold, s.size, b, self.pictures, geometries)
+        for i, row in enumerate(b['rows']):
+            if k == 0: self.first(row, masks[i], full[i], prior[i], geometries[i])
+            else: self.again(k, finish, row, masks[i])
 
-    def first(self, row, mask, full, prior, geometry):
-        "A sentence's scores by the method's own finish."
-        ref, sentence = self.samples.rows[row]
-        truth, other = self.mask_of(ref.ann_id), self.others[row]
-        other = None if other is None else self.mask_of(other)
-        self.scores[row] = _score(mask, prior, truth, geometry, other)
-        self.curves[:, row], self.truth_n[row] = threshold_curve(full, truth), truth.sum()
-        if self.on_mask: self.on_mask(sentence, ref, mask, prior, truth)
+# %% ../../nbs/training/08_scoring.ipynb #de002745
+@patch
+def first(self:_Scorer, row, mask, full, prior, geometry):
+    "A sentence's scores by the method's own finish."
+    ref, sentence = self.samples.rows[row]
+    truth, other = self.mask_of(ref.ann_id), self.others[row]
+    other = None if other is None else self.mask_of(other)
+    self.scores[row] = _score(mask, prior, truth, geometry, other)
+    self.curves[:, row], self.truth_n[row] = threshold_curve(full, truth), truth.sum()
+    if self.on_mask: self.on_mask(sentence, ref, mask, prior, truth)
 
-    def again(self, k, finish, row, mask):
-        "A sentence's scores by another finish."
-        ref, sentence = self.samples.rows[row]
-        truth = self.mask_of(ref.ann_id)
-        self.other_finishes[k - 1, row] = intersection_union(mask, truth)
-        if hasattr(self.on_mask, 'again'): self.on_mask.again(finish, sentence, mask)
+@patch
+def again(self:_Scorer, k, finish, row, mask):
+    "A sentence's scores by another finish."
+    ref, sentence = self.samples.rows[row]
+    truth = self.mask_of(ref.ann_id)
+    self.other_finishes[k - 1, row] = intersection_union(mask, truth)
+    if hasattr(self.on_mask, 'again'): self.on_mask.again(finish, sentence, mask)
 
-    def arrays(self):
-        "What was found, over sentences."
-        names = 'intersection', 'union', 'hit', 'other_i', 'other_u'
-        out = dict(zip(names, self.scores.T))
-        for finish, found in zip(self.finishes[1:], self.other_finishes):
-            out |= {f'{finish}_i': found[:, 0], f'{finish}_u': found[:, 1]}
-        # what a sentence took, on this machine and in this batch: never part of a number
-        ms = {f'ms_{k}': np.array(1000*s/len(self.truth_n)) for k, s in self.seconds.items()}
-        return out | ms | dict(zip(('curve_i', 'curve_n'), self.curves), truth_n=self.truth_n)
+@patch
+def arrays(self:_Scorer):
+    "What was found, over sentences."
+    names = 'intersection', 'union', 'hit', 'other_i', 'other_u'
+    out = dict(zip(names, self.scores.T))
+    for finish, found in zip(self.finishes[1:], self.other_finishes):
+        out |= {f'{finish}_i': found[:, 0], f'{finish}_u': found[:, 1]}
+    # what a sentence took, on this machine and in this batch: never part of a number
+    ms = {f'ms_{k}': np.array(1000*s/len(self.truth_n)) for k, s in self.seconds.items()}
+    return out | ms | dict(zip(('curve_i', 'curve_n'), self.curves), truth_n=self.truth_n)
 
 # %% ../../nbs/training/08_scoring.ipynb #2eb82ef9
 @torch.inference_mode()
