@@ -348,12 +348,11 @@ class BRINet(nn.Module):
         logits = self.last(self.fusion(B))
         return Maps(finer(logits) if self.cfg.loss_grid == 4 else logits, aux)
 
-# %% ../../nbs/rivals/11_bcam.ipynb #e5996200
+# %% ../../nbs/rivals/11_bcam.ipynb #9c69a543
 class BCAMMethod(MapMethod):
     "BRINet, whose row in Table 1 bears the name of its module."
     name, title, config = 'bcam', 'BCAM', BCAMConfig
     finishes = ('plain', 'crf')
-    rates = {'cpu': 3e-3, 'smoke': 3e-3}
     widths = {
         'smoke': dict(emb_dim=16, gru_dim=8, width=8, hidden=4, context=4, rates=(1, 2, 3, 4)),
         'cpu': dict(emb_dim=100, gru_dim=128, width=32, hidden=16, context=16,
