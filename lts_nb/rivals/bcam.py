@@ -254,11 +254,11 @@ class OneWay(nn.Module):
         words, _ = self.lstm(self.embed(tokens), mask)
         return words, words.sum(1)/mask.sum(1, keepdim=True), mask
 
-# %% ../../nbs/rivals/11_bcam.ipynb #c220909e
+# %% ../../nbs/rivals/11_bcam.ipynb #370bc7d7
 class Reader(nn.Module):
     "From word numbers to what cells choose from (B,T,C), the sentence's vector, and the mask."
     def __init__(self,
-        cfg:BCAMConfig,
+        cfg:BCAMConfig, # the switches
         vocab_size:int, # rows of the embedding
         vectors=None,   # (vocab_size, emb_dim) initial embeddings
     ):
@@ -310,7 +310,7 @@ class Look(nn.Module):
         maps = self.laterals(features)
         return [unit(m.to(torch.promote_types(m.dtype, torch.float32))) for m in maps]
 
-# %% ../../nbs/rivals/11_bcam.ipynb #4cd6e0e7
+# %% ../../nbs/rivals/11_bcam.ipynb #d3312ebb
 class BRINet(nn.Module):
     "Three levels of BCAM, gated fusion in both directions, a mask, and one more mask a level."
     def __init__(self,
@@ -337,8 +337,7 @@ class BRINet(nn.Module):
         pads = (self.cfg.max_len - mask.sum(1)).clamp_min(0) if self.cfg.leak else None
         return words, q, mask, pads
     def forward(self, features, tokens, lengths):
-        """features (v1 before the tail, v2, v3);
-        tokens (B,T) padded with 0; lengths (B,) -> Maps, the auxiliary ones deepest first."""
+        "features (v1 before the tail, v2, v3), tokens (B,T), lengths (B,) -> Maps, aux deepest first."
         said = self.read(tokens, lengths)
         V = self.look((self.tail(features[0]), features[1], features[2]))
         # every level reads the sentence by itself

@@ -14,25 +14,25 @@ from torch.nn.functional import embedding_bag as bags
 from ..errors import KitError
 from ..settings import Config
 
-# %% ../../nbs/rivals/06_densecrf.ipynb #5bafdf7f
+# %% ../../nbs/rivals/06_densecrf.ipynb #2453821f
 def places(
     h:int,  # rows
     w:int,  # columns
-    device='cpu',
+    device='cpu',        # where it is computed
 )->torch.Tensor:  # (h·w, 2) float64: x and y of every pixel, row by row
     "Where the pixels lie."
     y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device),
                           indexing='ij')
     return torch.stack([x.flatten(), y.flatten()], 1).double()
 
-# %% ../../nbs/rivals/06_densecrf.ipynb #8be1fde6
+# %% ../../nbs/rivals/06_densecrf.ipynb #7ab96c9c
 class Blur:
     "The Gaussian filter over places alone: exact, because it is one matrix for each direction."
     def __init__(self,
         h:int,    # rows
         w:int,    # columns
         px:float, # standard deviation, pixels
-        device='cpu',
+        device='cpu', # where it is computed
     ):
         self.h, self.w = h, w
         self.down, self.along = [self.gaussian(n, px, device) for n in (h, w)]
@@ -96,14 +96,14 @@ class CRFConfig(Config):
         grow = 1 if self.at is None else side/self.at
         return self.px[0]*grow, self.px[1]*grow
 
-# %% ../../nbs/rivals/06_densecrf.ipynb #3c501b98
+# %% ../../nbs/rivals/06_densecrf.ipynb #a3e0d79e
 class Symmetric:
     "S = D^(−½) K D^(−½), where D holds the sums of K's rows as K itself computes them."
     def __init__(self,
         K,      # (n,S) -> (n,S)
         n:int,  # pixels
-        device='cpu',
-        dtype=torch.float32,
+        device='cpu', # where it is computed
+        dtype=torch.float32, # of the values
     ):
         self.K = K
         self.scale = K(torch.ones(n, 1, device=device, dtype=dtype)).rsqrt()
@@ -157,12 +157,12 @@ def barycentric(
     b[:, 0] += 1 + b[:, m]
     return b[:, :m]
 
-# %% ../../nbs/rivals/06_densecrf.ipynb #fed04f34
+# %% ../../nbs/rivals/06_densecrf.ipynb #cfcc560f
 class Packing:
     "The first d coordinates of a lattice point as one whole number of 64 bits."
     def __init__(self,
         d:int,  # coordinates
-        device='cpu',
+        device='cpu', # where it is computed
     ):
         self.bits = 60//d
         self.half = 1 << (self.bits - 1)
@@ -180,11 +180,11 @@ class Packing:
                            mend='Use larger standard deviations, or a smaller picture')
         return ((points + self.half)*self.stride).sum(1)
 
-# %% ../../nbs/rivals/06_densecrf.ipynb #c232cda5
+# %% ../../nbs/rivals/06_densecrf.ipynb #f5c627c4
 def corners(
     g:torch.Tensor,    # (n,d+1), from `corner`
     rank:torch.Tensor, # (n,d+1)
-    pack:Packing,
+    pack:Packing,      # of their coordinates
 )->torch.Tensor:       # (n,d+1) int64
     "The packed corners of each point's simplex."
     d = len(pack.stride)
@@ -196,7 +196,7 @@ def corners(
     return torch.stack(out, 1)
 
 def steps(
-    pack:Packing,
+    pack:Packing,      # of their coordinates
 )->list:  # of d+1 numbers
     "The step to a neighbour along each axis, as one number to add to a packed point."
     d = len(pack.stride)
@@ -252,7 +252,7 @@ class Lattice:
             grid = bags(triple, grid, mode='sum', per_sample_weights=self.halves)
         return bags(self.reads, grid, mode='sum', per_sample_weights=self.weight)
 
-# %% ../../nbs/rivals/06_densecrf.ipynb #4319aea8
+# %% ../../nbs/rivals/06_densecrf.ipynb #12b2951b
 def _picture(image, device):
     "The picture as a tensor. KitError where it is no picture of whole numbers."
     image = torch.as_tensor(image, device=device)
@@ -264,7 +264,7 @@ def _picture(image, device):
 
 def filters(
     image:torch.Tensor, # (h,w,3) uint8
-    cfg:CRFConfig,
+    cfg:CRFConfig,      # the recipe
     side:int,           # of the network's input, pixels
     exact:bool=False,   # n×n matrices: for small pictures
 )->tuple:               # the two filters, (n,S) -> (n,S): of places, and of places with colours
@@ -276,14 +276,14 @@ def filters(
     if cfg.spatial == 'lattice': return Lattice(close), Lattice(alike)
     return Blur(h, w, near, image.device), Lattice(alike)
 
-# %% ../../nbs/rivals/06_densecrf.ipynb #0c20a9cb
+# %% ../../nbs/rivals/06_densecrf.ipynb #e245f172
 class ImageKernel:
     "Who pulls whom in one picture: built once, used for all its sentences."
     def __init__(self,
         image,               # (h,w,3) uint8, array or tensor: at the size of the logits
-        cfg:CRFConfig=CRFConfig(),
+        cfg:CRFConfig=CRFConfig(), # the recipe
         side:int=None,       # of the network's input, which sets the scales; None: the longer side
-        device='cpu',
+        device='cpu', # where it is computed
         exact:bool=False,    # n×n matrices in double precision: for small pictures
     ):
         image = _picture(image, device)
@@ -300,7 +300,7 @@ class ImageKernel:
         logits:torch.Tensor, # (S,h,w): of the S sentences about this picture
     )->torch.Tensor:         # (S,h,w) float32: logits after the steps
         "z ← z⁰ + Σ_m w_m S_m (2σ(z) − 1). KitError for another size than the picture's."
-        if logits.ndim != 3 or tuple(logits.shape[1:]) != self.size:
+        if tuple(logits.shape[1:]) != self.size:
             raise KitError(f'the logits are {tuple(logits.shape)}, the picture {self.size}',
                            mend='Bring the logits to the size of the picture first')
         # a probability of exactly 0 or 1 has an infinite logit; a large one says the same
@@ -311,12 +311,12 @@ class ImageKernel:
         for _ in range(self.cfg.steps): z = start + self.pull((z/2).tanh())
         return z.T.unflatten(1, self.size).float()
 
-# %% ../../nbs/rivals/06_densecrf.ipynb #a0f5de17
+# %% ../../nbs/rivals/06_densecrf.ipynb #e94d2bdf
 @torch.no_grad()
 def dense_crf(
     logits:torch.Tensor, # (S,h,w): of the S sentences about one picture, at its size
     image,               # (h,w,3) uint8, array or tensor
-    cfg:CRFConfig=CRFConfig(),
+    cfg:CRFConfig=CRFConfig(), # the recipe
     side:int=None,       # of the network's input; None: the longer side
 )->torch.Tensor:         # (S,h,w) float32: logits; the mask is where they are above 0
     "Two-label mean field in a fully connected CRF (Krähenbühl and Koltun 2011), on logits."
