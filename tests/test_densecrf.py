@@ -308,3 +308,9 @@ def test_the_usual_library_says_the_same():
                 q = np.array(crf.inference(5))
                 theirs = torch.from_numpy(np.log(q[1]) - np.log(q[0])).view(h, w)
                 torch.testing.assert_close(said, theirs, rtol=0, atol=.02)
+
+
+def test_half_precision_elsewhere_changes_nothing():
+    z = blob()
+    with torch.autocast('cpu', torch.bfloat16): inside = dense_crf(z, PICTURES['shapes'])
+    torch.testing.assert_close(inside, dense_crf(z, PICTURES['shapes']))

@@ -254,11 +254,11 @@ class OneWay(nn.Module):
         words, _ = self.lstm(self.embed(tokens), mask)
         return words, words.sum(1)/mask.sum(1, keepdim=True), mask
 
-# %% ../../nbs/rivals/11_bcam.ipynb #c220909e
+# %% ../../nbs/rivals/11_bcam.ipynb #370bc7d7
 class Reader(nn.Module):
     "From word numbers to what cells choose from (B,T,C), the sentence's vector, and the mask."
     def __init__(self,
-        cfg:BCAMConfig,
+        cfg:BCAMConfig, # the switches
         vocab_size:int, # rows of the embedding
         vectors=None,   # (vocab_size, emb_dim) initial embeddings
     ):
@@ -310,7 +310,7 @@ class Look(nn.Module):
         maps = self.laterals(features)
         return [unit(m.to(torch.promote_types(m.dtype, torch.float32))) for m in maps]
 
-# %% ../../nbs/rivals/11_bcam.ipynb #4cd6e0e7
+# %% ../../nbs/rivals/11_bcam.ipynb #d3312ebb
 class BRINet(nn.Module):
     "Three levels of BCAM, gated fusion in both directions, a mask, and one more mask a level."
     def __init__(self,
@@ -337,8 +337,7 @@ class BRINet(nn.Module):
         pads = (self.cfg.max_len - mask.sum(1)).clamp_min(0) if self.cfg.leak else None
         return words, q, mask, pads
     def forward(self, features, tokens, lengths):
-        """features (v1 before the tail, v2, v3);
-        tokens (B,T) padded with 0; lengths (B,) -> Maps, the auxiliary ones deepest first."""
+        "features (v1 before the tail, v2, v3), tokens (B,T), lengths (B,) -> Maps, aux deepest first."
         said = self.read(tokens, lengths)
         V = self.look((self.tail(features[0]), features[1], features[2]))
         # every level reads the sentence by itself
@@ -348,12 +347,11 @@ class BRINet(nn.Module):
         logits = self.last(self.fusion(B))
         return Maps(finer(logits) if self.cfg.loss_grid == 4 else logits, aux)
 
-# %% ../../nbs/rivals/11_bcam.ipynb #e5996200
+# %% ../../nbs/rivals/11_bcam.ipynb #9c69a543
 class BCAMMethod(MapMethod):
     "BRINet, whose row in Table 1 bears the name of its module."
     name, title, config = 'bcam', 'BCAM', BCAMConfig
     finishes = ('plain', 'crf')
-    rates = {'cpu': 3e-3, 'smoke': 3e-3}
     widths = {
         'smoke': dict(emb_dim=16, gru_dim=8, width=8, hidden=4, context=4, rates=(1, 2, 3, 4)),
         'cpu': dict(emb_dim=100, gru_dim=128, width=32, hidden=16, context=16,
