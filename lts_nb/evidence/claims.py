@@ -10,10 +10,10 @@ __all__ = ['CLAIMS', 'MARGIN', 'Claim', 'printed_effect', 'seed_interval', 'imag
 from dataclasses import dataclass
 import numpy as np, pandas as pd
 from scipy import stats
-from .experiments import base_of, preset_of, rows
+from .experiments import preset_of, rows
 from .paper import published
-from .tables import (Totals, bootstrap_interval, image_totals, load_samples,
-                                     results_frame)
+from .tables import (Totals, bootstrap_interval, finishes_of, image_totals,
+                                    load_samples, results_frame)
 
 # %% ../../nbs/evidence/05_claims.ipynb #26374a80
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _pairs(results, better, than, dataset, split, printed=None):
     "{seed: (totals, totals or number)} of the seeds that both experiments have."
     def scored(experiment):
         return {r['seed']: r for r in results
-                if (r['experiment'], r['dataset']) == (base_of(experiment), dataset)
+                if r['dataset'] == dataset and experiment in finishes_of(r)
                 and (r['folder']/f'samples-{split}.npz').exists()}
     a = scored(better)
     b = scored(than) if than else {}
@@ -277,9 +277,9 @@ def _untested(claim, role, results, preset):
     e = _experiments(claim, role)
     absent = [r for r in claim.rows if r not in e]
     if absent: return f'{", ".join(absent)}: not in the kit'
-    run = {(r['experiment'], r['dataset']) for r in results}
+    run = {(experiment, r['dataset']) for r in results for experiment in finishes_of(r)}
     ours = preset_of(preset)['datasets'][role]
-    lacking = [r for r in claim.rows if (base_of(e[r]), ours) not in run]
+    lacking = [r for r in claim.rows if (e[r], ours) not in run]
     if not lacking: return 'no seed that all its rows share'
     command = f'lts reproduce --preset {preset} --table {claim.table}'
     return f'no run of {", ".join(lacking)} ({command})'

@@ -39,8 +39,10 @@ def unit(
     eps:float=1e-12,    # smallest squared length that is divided by: TensorFlow's
 )->torch.Tensor:        # the same shape; a zero vector stays zero
     "Each vector divided by its length (ℓ2-normalisation)."
-    squared = x.square().sum(dim, keepdim=True)
-    return x*squared.clamp_min(eps).rsqrt()
+    # a sum of many squares needs single precision at least
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    squared = wide.square().sum(dim, keepdim=True)
+    return (wide*squared.clamp_min(eps).rsqrt()).to(x.dtype)
 
 # %% ../../nbs/rivals/01_cells.ipynb #d28119b4
 def conv(

@@ -40,7 +40,7 @@ def _by_crf(probability, threshold, size, images, pictures):
         # the grey border takes no part
         rows, columns = slice(g.top, g.top + g.new_h), slice(g.left, g.left + g.new_w)
         inside = np.ascontiguousarray(picture[rows, columns])
-        refined = dense_crf(logits[of_image, 0, rows, columns], inside)
+        refined = dense_crf(logits[of_image, 0, rows, columns], inside, side=size)
         for i, z in zip(of_image, refined): out[i, 0, rows, columns] = z.sigmoid()
     return out
 
