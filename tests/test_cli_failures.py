@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import PIL.Image
 import pytest
 
+from lts_nb.evidence.experiments import Cells
 from lts_nb.manual import batch, cli
 from lts_nb.errors import KitError
 from lts_nb.training.metrics import write_predictions
@@ -170,7 +171,7 @@ def test_the_status_of_the_runs_is_the_status_of_the_command(lts, monkeypatch, s
     seen = []
     monkeypatch.setattr(batch, 'reproduce', lambda *args: seen.append(args) or status)
     assert lts('reproduce', '--table', '4', '--table', '1', '--seeds', '3', '--cores', '2').status == status
-    assert seen == [('cpu', ['4', '1'], 3, 2, None, None, False)]
+    assert seen == [('cpu', Cells(tables=('4', '1')), 3, 2, None, None, False)]
 
 
 def test_planning_changes_nothing(lts, tmp_path):
