@@ -254,6 +254,17 @@ def test_folded_agreement_is_the_double_sum(cem):
     assert (agree > 0).all() and (agree <= 1).all()
 
 
+def test_biases_of_the_energies_would_change_nothing(cem):
+    "So they are left out; the official ones are there."
+    g, module = cem
+    bias = g['weight/seg.bias'].clone().requires_grad_()
+    a = g['in/a_seg']
+    logits = (F.conv2d(a, g['weight/seg.weight'], bias)).flatten(2)
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    (logits.softmax(-1)*weights).sum().backward()
+    assert bias.grad.abs() < 1e-12 and bias.abs() > .1
+
+
 def test_agreement_sees_directions_and_not_lengths(cem):
     g, module = cem
     nn.init.zeros_(module.mask.weight), nn.init.zeros_(module.box.weight)  # the energies would see them
@@ -380,7 +391,21 @@ def test_iou_of_boxes_against_pixels():
         assert float(box_iou(*boxes)) == pytest.approx(expected, abs=1e-6)
 
 
+def test_iou_of_shapes_is_that_of_boxes_with_one_middle():
+    a, b = torch.rand(2, 9, 2, generator=torch.Generator().manual_seed(0)).double() + .1
+    middle = torch.zeros(9, 2).double()
+    close(shape_iou(a, b), box_iou(torch.cat([middle, a], 1), torch.cat([middle, b], 1)))
+    close(shape_iou(a, a), torch.ones(9).double())
+
+
 # suppression
+
+def test_a_box_beside_the_picture_is_brought_to_its_edge():
+    m = torch.ones(1, 1, 4, 4).double()
+    out = asnls(m, torch.tensor([[-6., 0., -3., 9.]]), torch.tensor([.5]).double())[0, 0]
+    assert (out[:, 0] == 1.5).all() and (out[:, 1:] == .5).all()
+    assert (asnls(m, torch.tensor([[7., 0., 9., 9.]]), torch.tensor([.5]).double()) == .5).all()
+
 
 def test_suppression_is_the_official_one(official):
     g = official('keras_asnls')
@@ -444,6 +469,26 @@ def test_confidence_passes_the_sigmoid_once(official):
 
 # the method
 
+@pytest.mark.parametrize('name', ['mcn', 'cgan'])
+def test_half_precision_gives_finite_losses_and_nearly_the_same_maps(name):
+    load_methods()
+    method, (_, _, _, features, batch) = METHODS[name], made()
+    cfg = method.config(**method.widths['smoke'])
+    torch.manual_seed(0)
+    model = method.build(cfg, (12, 10, 6), range(20)).eval()
+    features = tuple(f.float() for f in features)
+    batch = batch | dict(prior=batch['prior'].float(), mask=torch.zeros(3, 1, 32, 32))
+    full = method.probability(method.forward(model, features, batch))
+    with torch.autocast('cpu', torch.bfloat16):
+        out = method.forward(model, features, batch)
+        loss, parts = method.loss(cfg, out, batch)
+    loss.backward()
+    half = method.probability(out)
+    assert half.dtype == torch.float32 and torch.isfinite(loss) and (half - full).abs().max() < .05
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    for finish in method.finishes[1:]: assert torch.isfinite(method.finish(cfg, finish, out, 128)).all()
+
+
 def test_it_is_registered_and_says_that_it_learns_from_boxes():
     load_methods()
     method = METHODS['mcn']
@@ -471,7 +516,7 @@ def test_every_switch_changes_the_answer(change):
     _, other_cfg, other, *_ = made(**change)
     weights = model.state_dict()
     other.load_state_dict({k: v for k, v in weights.items() if k in other.state_dict() and v.shape == other.state_dict()[k].shape}, strict=False)
-    with torch.no_grad(): a, b = (method.forward(m.train(), features, batch).mask for m in (model.eval(), other.eval()))
+    with torch.no_grad(): a, b = (method.forward(m.eval(), features, batch).mask for m in (model, other))
     assert a.shape == b.shape and (a - b).abs().max() > 1e-6
 
 
