@@ -126,11 +126,13 @@ def test_golden_network_in_the_official_order(golden):
         R5 = sm(vis, r, mask)
         torch.testing.assert_close(R5, high, **EXACT)
         torch.testing.assert_close(net.collapse(R5), tensor(g['out/y']), **EXACT)
-        # the answer of the low-resolution network is this map, larger: its corners keep their values
+        # the answer of the low-resolution network is this map, larger
         grids = vis, torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 16, 16)
         out = net(grids, words, lengths).mask
         assert out.shape == (1, 1, 32, 32)
-        torch.testing.assert_close(out[..., ::31, ::31], tensor(g['out/y'])[..., ::3, ::3], **EXACT)
+        for grid in (True, False):
+            larger = F.interpolate(tensor(g['out/y']), size=(32, 32), mode='bilinear', align_corners=grid)
+            torch.testing.assert_close(official(g, aligned=grid)(grids, words, lengths).mask, larger, **EXACT)
         # per cell it is another map
         assert (official(g, order='pixel').synthesis(vis, r, mask) - high).abs().max() > .1
 
@@ -428,6 +430,20 @@ def test_every_switch_changes_the_answer_and_all_its_weights_learn(changes):
     assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
 
 
+def test_every_cell_of_the_network_has_the_switched_activation():
+    for act in ('tanh', 'none'):
+        acts = {m.act for m in network(sru_act=act).modules() if isinstance(m, SRULayer)}
+        assert acts == {act}
+
+
+def test_the_words_of_lts_come_with_their_embeddings():
+    net = network(text='kit')
+    _, tokens, lengths = case()
+    r, mask = net.words(tokens, lengths)
+    assert torch.equal(r[..., :6], net.words.kit.embed(tokens)) and torch.equal(mask, tokens > 0)
+    assert torch.equal(r[..., 6:], net.words.kit(tokens, lengths)[0])
+
+
 def test_reduction_sum_or_mean():
     maps, tokens, lengths = case()
     net = network()
@@ -480,6 +496,23 @@ def test_half_precision_is_near(order):
         full = net(maps, tokens, lengths).mask
         with torch.autocast('cpu', torch.bfloat16): half = net(maps, tokens, lengths).mask
     assert (half.float() - full).abs().max() < .05*full.std() + .05
+
+
+def test_long_sums_and_memories_are_never_in_half_precision():
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    filters, V, r = WordFilters(2000, 8), 3*torch.rand(1, 9, 2000), torch.randn(1, 4, 8)
+    layer, x = SRULayer(8, 8), torch.randn(300, 1, 8)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        made, found = filters.kernels(r).float(), filters(V, r)
+        product = layer.project(x)
+        h = layer(product, x)
+    assert found.dtype == h.dtype == torch.float32 and product.dtype == torch.bfloat16
+    # half precision has steps of 16 at these sums
+    sums = (V[0] @ made[0].flatten(0, 1).T).unflatten(-1, (4, 10)).transpose(0, 1)
+    assert sums.min() > 1000
+    torch.testing.assert_close(found[:, 0], sums, rtol=1e-5, atol=0)
+    torch.testing.assert_close(h, layer(product.float(), x), rtol=0, atol=1e-6)
 
 
 def test_what_it_says_of_itself():
