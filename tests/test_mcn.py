@@ -492,7 +492,7 @@ def test_half_precision_gives_finite_losses_and_nearly_the_same_maps(name):
 def test_it_is_registered_and_says_that_it_learns_from_boxes():
     load_methods()
     method = METHODS['mcn']
-    assert method.finishes == ('plain', 'asnls') and method.threshold == .35 and method.needs == ('prior', 'box')
+    assert method.finishes == ('asnls', 'plain') and method.threshold == .35 and method.needs == ('prior', 'box')
     assert any('boxes' in note for note in method.notes)
 
 
