@@ -128,7 +128,9 @@ def score_run(
         keep = _Keep(keepers)
         scores = _evaluate(run, samples, keep, out.threshold, finishes)
         out.milliseconds.update(_take_times(scores))
-        save_arrays(run.folder/f'samples-{split}.npz', scores)
+        # one number a sentence is kept; the curves are summed up in the result
+        kept = {k: v for k, v in scores.items() if v.ndim == 1}
+        save_arrays(run.folder/f'samples-{split}.npz', kept)
         for name, keeper in keepers.items():
             others = getattr(keeper, 'others', None)
             save_arrays(run.folder/f'{name}.npz', pack_examples(keeper.kept, others))
