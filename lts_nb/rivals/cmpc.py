@@ -374,6 +374,7 @@ class CMPC(nn.Module):
 class CMPCMethod(MapMethod):
     "Row CMPC of Table 1."
     name, title, config = 'cmpc', 'CMPC', CMPCConfig
+    rates = {'cpu': 1e-3}
     finishes = 'plain', 'crf'
     main, aux = .7, .1  # weights of the official loss
     notes = ('Its own backbone, a DeepLab ResNet-101 at stride 8 throughout, is replaced by ours.',

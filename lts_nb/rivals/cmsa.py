@@ -294,7 +294,7 @@ class CMSAMethod(MapMethod):
         'cpu': dict(emb_dim=100, lateral=64, reduced=(32, 32), d=(32, 16, 16), width=32,
                     gru_dim=50, own_grid=True),
     }
-    rates = {'cpu': 1e-3}
+    rates = {'cpu': 1e-2}
     def build(self, cfg, channels, vocab, vectors=None, tail=None):
         return CMSA(cfg, channels, len(vocab), vectors, tail)
     def stride(self, cfg): return cfg.loss_grid

@@ -361,7 +361,7 @@ class LSCMMethod(MapMethod):
         'cpu': dict(emb_dim=100, gru_dim=128, width=64, memory=32),
         'paper': dict(tree='spacy'),
     }
-    rates = {'cpu': 1e-3}
+    rates = {'cpu': 3e-3}
     notes = (
         "Its trees come from the grammar of RefShapes at the presets smoke, cpu and gpu, and from "
         "spaCy's small English model 3.8.0 at the preset paper.",

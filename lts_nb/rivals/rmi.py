@@ -186,6 +186,7 @@ class RMI(nn.Module):
 class RMIMethod(MapMethod):
     "Row RMI of Table 1."
     name, title, config = 'rmi', 'RMI', RMIConfig
+    rates = {'cpu': 1e-2}
     finishes = ('plain', 'crf')
     notes = ('It reads the three maps of the frozen Darknet; the paper has a dilated ResNet-101.',
              'It answers at stride 8, where the kit compares LTS at stride 4.')
