@@ -21,9 +21,9 @@ class Attended(NamedTuple):
     give: torch.Tensor     # (B,K,h,w): β in 0 … 1, the cells that receive
     found: torch.Tensor    # (B,d): z of all groups, what was read
 
-# %% ../../nbs/rivals/05_garan.ipynb #d450077f
+# %% ../../nbs/rivals/05_garan.ipynb #79858e95
 class GARAN(nn.Module):
-    """A sentence reads one vector from all cells and gives it back to some (MCN's `model/garan.py`).
+    """A sentence reads one vector from all cells and gives it back to some (MCN's `garan.py`).
     Folded: no product of all cells with a c×c matrix remains."""
     def __init__(self,
         d:int,       # channels of the map

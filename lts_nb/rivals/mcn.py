@@ -427,7 +427,7 @@ def box_as_logits(
     along = (4*(x - cx)/bw.clamp_min(1/w)).square()
     return (best[:, 4, None, None] - (down[:, :, None] + along[:, None, :])/2)[:, None]
 
-# %% ../../nbs/rivals/14_mcn.ipynb #eec4f2e1
+# %% ../../nbs/rivals/14_mcn.ipynb #9073d206
 class MCNMethod(Method):
     "MCN: mask and box from one network, and the box weighs the mask afterwards."
     name, title, config = 'mcn', 'MCN', MCNConfig
@@ -457,8 +457,10 @@ class MCNMethod(Method):
     def finish(self, cfg, name, out, size):
         # the box in pixels, and how sure it is
         best = out.best.float()
-        return asnls(to_grid(self.probability(out), (size, size)), size*corners(best[:, :4]),
-                     best[:, 4].sigmoid(), cfg.nls)
+        m = to_grid(self.probability(out), (size, size))
+        score = asnls(m, size*corners(best[:, :4]), best[:, 4].sigmoid(), cfg.nls)
+        # the kit's maps end at 1
+        return score.clamp_max(1)
     def stride(self, cfg): return 8
 
 register(MCNMethod());
