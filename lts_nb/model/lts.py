@@ -7,7 +7,7 @@ __all__ = ['LOCATE', 'LTSConfig', 'LTSOutput', 'LTS', 'count_parameters', 'model
 
 # %% ../../nbs/model/08_lts.ipynb #907cf9ce
 import statistics, time
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 import pandas as pd
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -20,7 +20,7 @@ from .losses import lts_loss
 from .method import Method, blank_sample, count_flops, register
 from .method import summary_row, summary_table
 from .segment import Segment
-from ..settings import Config
+from ..settings import Config, Rates, Width
 
 # %% ../../nbs/model/08_lts.ipynb #e043f462
 def _no_filter(cfg, d_text, d_k): return None
@@ -42,27 +42,23 @@ LOCATE = {'none': _no_filter, 'filter': _sequential, 'filter-parallel': _paralle
           'transformer': _transformer}
 
 # %% ../../nbs/model/08_lts.ipynb #bc4dc959
-_Size = Annotated[int, Field(ge=1, le=4096)]
-_Rates = Annotated[tuple[Annotated[int, Field(ge=1, le=256)], ...],
-                   Field(strict=False, max_length=8)]
-
 class LTSConfig(Config):
     """Every switch of the model;
     the defaults are the paper's LTS. KitError for a value that does not exist."""
     part = 'model configuration'
-    emb_dim: _Size = Field(300, description="of a word: GloVe's")
-    gru_dim: _Size = Field(512, description='of the GRU, per direction')
-    d_m1: _Size = Field(1024, description='channels of F_m1')
-    d_half: _Size = Field(512, description="half of F_m2's and F_m3's channels, so that d_k = 1024")
+    emb_dim: Width = Field(300, description="of a word: GloVe's")
+    gru_dim: Width = Field(512, description='of the GRU, per direction')
+    d_m1: Width = Field(1024, description='channels of F_m1')
+    d_half: Width = Field(512, description="half of F_m2's and F_m3's channels, so that d_k = 1024")
     fuse: bool = Field(True, description='False: Table 2 without Fusion')
     locate: str = Field('filter',
                         description="'none', 'filter', 'filter-parallel', 'word', 'transformer'")
     n: int = Field(1, ge=1, le=16, description='filterings, or decoder steps (Table 5, 7)')
     seg: bool = Field(True, description='False: Table 2 without Seg')
-    aspp_width: _Size = Field(256, description="DeepLab's")
-    aspp_rates: _Rates = Field((6, 12, 18), description='belong to a map of 52 cells')
-    heads: _Size = Field(4, description='of the transformer')
-    ffn: _Size = Field(1024, description='of the transformer')
+    aspp_width: Width = Field(256, description="DeepLab's")
+    aspp_rates: Rates = Field((6, 12, 18), description='belong to a map of 52 cells')
+    heads: Width = Field(4, description='of the transformer')
+    ffn: Width = Field(1024, description='of the transformer')
     max_len: int = Field(15, ge=1, le=256, description='tokens; 20 for RefCOCOg')
     deconv: Literal['feature', 'mask'] = Field('feature', description="'mask': Fig. 3's caption")
     prior_as: Literal['sigmoid', 'logits'] = Field('sigmoid', description='how H enters Seg')

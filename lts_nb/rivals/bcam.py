@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AXES', 'choose_words', 'gather_cells', 'FourMaps', 'flat', 'as_map', 'Relations', 'Relate', 'BCAM', 'GateUnit',
-           'GBFM', 'BCAMConfig', 'OneWay', 'Reader', 'Look', 'BRINet', 'BCAMMethod']
+           'GBFM', 'BCAMConfig', 'Reader', 'Look', 'BRINet', 'BCAMMethod']
 
 # %% ../../nbs/rivals/11_bcam.ipynb #69e14f22
 from typing import Annotated, Literal, NamedTuple
@@ -12,12 +12,12 @@ import torch
 from pydantic import Field
 from torch import nn
 from ..errors import KitError, unknown_name
-from ..settings import Config
-from ..model.language import LanguageEncoder, word_embedding
+from ..settings import Config, Width
+from ..model.language import LanguageEncoder
 from ..model.method import register
 from .cells import Laterals, MapMethod, Maps, bce_on_its_grid, conv, coordinates
 from .cells import finer, glorot, unit
-from .words import ForwardLSTM, real_words
+from .words import OneWayEncoder
 
 # %% ../../nbs/rivals/11_bcam.ipynb #3c63a0c0
 def choose_words(
@@ -206,7 +206,6 @@ class GBFM(nn.Module):
         return self.mix(t + b).relu()
 
 # %% ../../nbs/rivals/11_bcam.ipynb #d43fad4e
-_Size = Annotated[int, Field(ge=1, le=4096)]
 _Rates = Annotated[tuple[Annotated[int, Field(ge=1, le=256)], ...],
                    Field(strict=False, min_length=1, max_length=8)]
 
@@ -214,11 +213,11 @@ class BCAMConfig(Config):
     """The switches of BRINet; the defaults are the journal version's reading of the module.
     KitError for a value that does not exist."""
     part = 'model configuration'
-    emb_dim: _Size = Field(300, description='of a word')
-    gru_dim: _Size = Field(512, description='of the GRU, per direction')
-    width: _Size = Field(512, description='C, channels everywhere; BRINet.py: 1000')
-    hidden: _Size = Field(256, description="of LVAM's question; BRINet.py: 500")
-    context: _Size = Field(256, description='of each atrous convolution; BRINet.py: 512')
+    emb_dim: Width = Field(300, description='of a word')
+    gru_dim: Width = Field(512, description='of the GRU, per direction')
+    width: Width = Field(512, description='C, channels everywhere; BRINet.py: 1000')
+    hidden: Width = Field(256, description="of LVAM's question; BRINet.py: 500")
+    context: Width = Field(256, description='of each atrous convolution; BRINet.py: 512')
     rates: _Rates = Field((1, 3, 5, 7), description='of the atrous convolutions')
     axis: Literal['source', 'receiver'] = Field(
         'source', description="of LVAM's softmax; BRINet.py: 'receiver'")
@@ -233,27 +232,6 @@ class BCAMConfig(Config):
     loss_grid: Literal[4, 8] = Field(4, description="stride of the mask; BRINet.py's loss has 8")
     size: int = Field(416, ge=32, le=2048, description='side of the input: LVAM is bound to it')
 
-# %% ../../nbs/rivals/11_bcam.ipynb #bc42baa4
-class OneWay(nn.Module):
-    "BRINet.py's reader, with the interface of `LanguageEncoder`."
-    def __init__(self,
-        vocab_size:int, # rows of the embedding
-        emb_dim:int,    # of a word
-        hidden:int,     # of a state
-        vectors=None,   # (vocab_size, emb_dim) initial embeddings
-    ):
-        super().__init__()
-        self.embed = word_embedding(vocab_size, emb_dim, vectors)
-        self.lstm = ForwardLSTM(emb_dim, hidden)
-    def forward(self,
-        tokens,   # (B,T), padded with 0 at the end
-        lengths,  # (B,) real words of each
-    ):            # words (B,T,hidden), their mean (B,hidden), mask (B,T)
-        "The states, 0 at padding."
-        mask = real_words(tokens, lengths)
-        words, _ = self.lstm(self.embed(tokens), mask)
-        return words, words.sum(1)/mask.sum(1, keepdim=True), mask
-
 # %% ../../nbs/rivals/11_bcam.ipynb #370bc7d7
 class Reader(nn.Module):
     "From word numbers to what cells choose from (B,T,C), the sentence's vector, and the mask."
@@ -264,7 +242,7 @@ class Reader(nn.Module):
     ):
         super().__init__()
         self.cfg, C, lstm = cfg, cfg.width, cfg.encoder == 'lstm'
-        encoder, hidden = (OneWay, C) if lstm else (LanguageEncoder, cfg.gru_dim)
+        encoder, hidden = (OneWayEncoder, C) if lstm else (LanguageEncoder, cfg.gru_dim)
         self.encoder = encoder(vocab_size, cfg.emb_dim, hidden, vectors=vectors)
         self.d_text = hidden if lstm else 2*hidden
         # the LSTM's states have C numbers already

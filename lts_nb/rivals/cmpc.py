@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'JOIN', 'WordTypes', 'sentence_of', 'Edges', 'Reasoning', 'Level', 'Context', 'Exchange', 'Round',
-           'CMPCConfig', 'LSTMWords', 'Reader', 'Levels', 'Answer', 'CMPC', 'CMPCMethod', 'CMPCSegConfig',
-           'CMPCSegMethod']
+           'CMPCConfig', 'Reader', 'Levels', 'Answer', 'CMPC', 'CMPCMethod', 'CMPCSegConfig', 'CMPCSegMethod']
 
 # %% ../../nbs/rivals/12_cmpc.ipynb #0ddff364
-from typing import Annotated, Literal
+from typing import Literal
 import torch
 from pydantic import Field
 from torch import nn
-from ..model.language import LanguageEncoder, word_embedding
+from ..model.language import LanguageEncoder
 from ..model.method import register
 from ..model.segment import Segment, cat_channels
-from .cells import Laterals, MapMethod, Maps, conv, coordinates, finer, glorot, unit
+from .cells import Laterals, MapMethod, Maps, beside_sentence, conv, coordinates
+from .cells import finer, glorot, unit
 from .convlstm import ConvLSTM, map_norm
 from .mutan import Mutan
-from .words import ForwardLSTM, real_words, softmax_over_words
-from ..settings import Config
+from .words import OneWayEncoder, softmax_over_words
+from ..settings import Config, Rates, Width
 
 # %% ../../nbs/rivals/12_cmpc.ipynb #d7f65703
 TYPES = 'entity', 'attribute', 'relation', 'unnecessary'
@@ -124,11 +124,7 @@ class Level(nn.Module):
         self.entities = Mutan(width + 8, d_word, width, heads)
         self.reasoning = Reasoning(width, d_word)
         # one kernel over [M or X; G; q; S] in the official code; q is the same in every cell
-        joint = conv(2*width + 8 + d_word, out).weight.data
-        self.cells = conv(2*width + 8, out)
-        self.sentence = nn.Linear(d_word, out, bias=False)
-        self.cells.weight.data.copy_(joint[:, :2*width + 8])
-        self.sentence.weight.data.copy_(joint[:, 2*width + 8:, 0, 0])
+        self.cells, self.sentence = beside_sentence(2*width + 8, d_word, 0, out)
     def forward(self,
         X, S,  # (B,C,h,w), of length 1 in every cell, and `coordinates` (B,8,h,w)
         words, # (B,T,d_word)
@@ -215,21 +211,17 @@ class Round(nn.Module):
         return [level(Y[i], Y[:i] + Y[i+1:], s) for i, level in enumerate(self.levels)]
 
 # %% ../../nbs/rivals/12_cmpc.ipynb #aed46a6e
-_Width = Annotated[int, Field(ge=1, le=4096)]
-_Rates = Annotated[tuple[Annotated[int, Field(ge=1, le=256)], ...],
-                   Field(strict=False, max_length=8)]
-
 class CMPCConfig(Config):
     "Switches of CMPC; the defaults are the released code's, with a bi-GRU in place of its LSTM."
     part = 'configuration of CMPC'
     size: int = Field(416, ge=32, le=2048, multiple_of=32,
                       description='side of the input, which decides the grid of the peepholes')
     text: Literal['gru', 'lstm'] = Field('gru', description="'lstm': one direction, as published")
-    emb_dim: _Width = Field(300, description="of a word: GloVe's")
-    gru_dim: _Width = Field(512, description="half of a word state's width D")
-    type_hidden: _Width = Field(500, description='of the word types')
-    width: _Width = Field(1000, description='C, of the multimodal maps')
-    out: _Width = Field(500, description='M, of the exchange and of the ConvLSTM')
+    emb_dim: Width = Field(300, description="of a word: GloVe's")
+    gru_dim: Width = Field(512, description="half of a word state's width D")
+    type_hidden: Width = Field(500, description='of the word types')
+    width: Width = Field(1000, description='C, of the multimodal maps')
+    out: Width = Field(500, description='M, of the exchange and of the ConvLSTM')
     heads: int = Field(5, ge=1, le=64, description='products in MUTAN')
     join: Literal['multimodal', 'visual'] = Field('multimodal',
                                                   description='the map that stands beside G')
@@ -237,28 +229,8 @@ class CMPCConfig(Config):
     peephole: Literal['position', 'channel', 'none'] = Field('position',
                                                              description='of the ConvLSTM')
     seg: Literal['none', 'prior', 'replace'] = Field('none', description="LTS's Seg on top")
-    aspp_width: _Width = Field(256, description='of Seg')
-    aspp_rates: _Rates = Field((6, 12, 18), description='of Seg, for a map of 52 cells')
-
-# %% ../../nbs/rivals/12_cmpc.ipynb #bc8e2160
-class LSTMWords(nn.Module):
-    "Word states of one LSTM from left to right: the official reader."
-    def __init__(self,
-        vocab_size:int, # rows of the embedding
-        emb_dim:int,    # of a word
-        d_word:int,     # of a state
-        vectors=None,   # (vocab_size, emb_dim) initial embeddings
-    ):
-        super().__init__()
-        self.embed = word_embedding(vocab_size, emb_dim, vectors)
-        self.lstm = ForwardLSTM(emb_dim, d_word)
-    def forward(self,
-        tokens,  # (B,T), padded with 0 at the end
-        lengths, # (B,)
-    ):           # states (B,T,d_word), the last one (B,d_word), mask (B,T)
-        "As `LanguageEncoder` answers."
-        mask = real_words(tokens, lengths)
-        return *self.lstm(self.embed(tokens), mask), mask
+    aspp_width: Width = Field(256, description='of Seg')
+    aspp_rates: Rates = Field((6, 12, 18), description='of Seg, for a map of 52 cells')
 
 # %% ../../nbs/rivals/12_cmpc.ipynb #6225d251
 class Reader(nn.Module):
@@ -270,7 +242,7 @@ class Reader(nn.Module):
     ):
         super().__init__()
         D = 2*cfg.gru_dim
-        if cfg.text == 'lstm': self.language = LSTMWords(vocab_size, cfg.emb_dim, D, vectors)
+        if cfg.text == 'lstm': self.language = OneWayEncoder(vocab_size, cfg.emb_dim, D, vectors)
         else: self.language = LanguageEncoder(vocab_size, cfg.emb_dim, cfg.gru_dim, 0., vectors)
         self.types = WordTypes(D, cfg.type_hidden)
     def forward(self,

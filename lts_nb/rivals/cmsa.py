@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from pydantic import Field
 from torch import nn
-from ..model.language import LanguageEncoder, word_embedding
+from ..model.language import LanguageEncoder, real_words, word_embedding
 from ..model.method import register
 from .cells import MapMethod, Maps, conv, coordinates, finer, glorot, to_grid, unit
-from .words import real_words
-from ..settings import Config
+from ..settings import Config, Width
 
 # %% ../../nbs/rivals/10_cmsa.ipynb #9372d761
 class PairMap(nn.Linear):
@@ -194,25 +193,24 @@ class GatedFusion(nn.Module):
         return total
 
 # %% ../../nbs/rivals/10_cmsa.ipynb #1140c9fb
-_Size = Annotated[int, Field(ge=1, le=4096)]
-_Two = Annotated[tuple[_Size, _Size], Field(strict=False)]
-_Three = Annotated[tuple[_Size, _Size, _Size], Field(strict=False)]
+_Two = Annotated[tuple[Width, Width], Field(strict=False)]
+_Three = Annotated[tuple[Width, Width, Width], Field(strict=False)]
 
 class CMSAConfig(Config):
     "Widths and switches of CMSA; the defaults are the official code's, with words of 300 numbers."
     part = 'model configuration'
-    emb_dim: _Size = Field(300, description="of a word: GloVe's; the code's own have 1000")
-    lateral: _Size = Field(1000, description='channels of level 5 after its 1×1 convolution')
+    emb_dim: Width = Field(300, description="of a word: GloVe's; the code's own have 1000")
+    lateral: Width = Field(1000, description='channels of level 5 after its 1×1 convolution')
     reduced: _Two = Field((256, 128), description='of a pair at levels 4 and 3')
     d: _Three = Field((512, 128, 64), description='of query, key and value at levels 5, 4, 3')
-    width: _Size = Field(500, description='channels of each level, and of their fusion')
+    width: Width = Field(500, description='channels of each level, and of their fusion')
     qkv: Literal['relu', 'linear'] = Field('relu', description="'linear': the paper's equations")
     pool: Literal[2, 1] = Field(2, description='side of a block of keys; 1: no pooling')
     pool_words: bool = Field(True, description='a block is two words deep, too')
     scale: bool = Field(False, description='logits over sqrt(d)')
     gate: Literal['code', 'paper'] = Field('code', description="'paper': one number a cell")
     words: Literal['embed', 'gru'] = Field('embed', description="'gru': LTS's words, which know order")
-    gru_dim: _Size = Field(512, description="of the GRU, per direction, with words='gru'")
+    gru_dim: Width = Field(512, description="of the GRU, per direction, with words='gru'")
     own_grid: bool = Field(False, description='each level attends on its own grid')
     loss_grid: Literal[4, 8] = Field(4, description='pixels a cell of the trained mask')
 

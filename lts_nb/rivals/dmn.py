@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import nn
 from ..errors import KitError
-from ..model.language import LanguageEncoder, word_embedding
+from ..model.language import LanguageEncoder, real_words, word_embedding
 from ..model.losses import bce
 from ..model.method import register
 from .cells import MapMethod, Maps, coordinates
-from .words import real_words
 from ..settings import Config
 
 # %% ../../nbs/rivals/09_dmn.ipynb #85bec04f

@@ -17,11 +17,12 @@ from ..data.shapes import COLOURS, NOUNS, PATTERNS, SIZES
 from ..errors import KitError, unknown_name
 from ..model.language import LanguageEncoder
 from ..model.method import register
-from .cells import Laterals, MapMethod, Maps, conv, coordinates, finer, glorot, unit
+from .cells import Laterals, MapMethod, Maps, beside_sentence, conv, coordinates
+from .cells import finer, glorot, unit
 from .convlstm import ConvLSTM
 from .mutan import Mutan
 from .words import softmax_over_words
-from ..settings import Config
+from ..settings import Config, Width
 
 # %% ../../nbs/rivals/13_lscm.ipynb #466659cf
 _NOUN = {noun for nouns in NOUNS.values() for noun in nouns}
@@ -249,12 +250,7 @@ class Level(nn.Module):
         self.fuse = Mutan(width + 8, d_text, width, products)
         self.graph = WordGraph(width, d_text, alpha)
         # one kernel over [m, d, q, s] in the official code; q is equal in all cells
-        joint = conv(2*width + d_text + 8, memory).weight.data.flatten(1)
-        self.cells = conv(2*width + 8, memory)
-        self.sentence = nn.Linear(d_text, memory, bias=False)
-        self.cells.weight.data.flatten(1).copy_(
-            torch.cat([joint[:, :2*width], joint[:, -8:]], 1))
-        self.sentence.weight.data.copy_(joint[:, 2*width:-8])
+        self.cells, self.sentence = beside_sentence(2*width, d_text, 8, memory)
         self.mask = conv(memory, 1, 3)
     def forward(self,
         v,           # (B,C,h,w) of length 1 in every cell
@@ -274,10 +270,10 @@ class Level(nn.Module):
 class LSCMConfig(Config):
     "Every switch of LSCM; the defaults are the widths of the official code."
     part = 'model configuration'
-    emb_dim: int = Field(300, ge=1, le=4096, description="of a word: GloVe's")
-    gru_dim: int = Field(512, ge=1, le=4096, description='of the GRU, per direction')
-    width: int = Field(1000, ge=1, le=4096, description='C: channels of a level and of a word node')
-    memory: int = Field(500, ge=1, le=4096, description="M: channels of the ConvLSTM's state")
+    emb_dim: Width = Field(300, description="of a word: GloVe's")
+    gru_dim: Width = Field(512, description='of the GRU, per direction')
+    width: Width = Field(1000, description='C: channels of a level and of a word node')
+    memory: Width = Field(500, description="M: channels of the ConvLSTM's state")
     products: int = Field(5, ge=1, le=64, description='of MUTAN')
     sentence: Literal['mean', 'max'] = Field(
         'mean', description="of the words' states, the kit's f_text; 'max': the official code")

@@ -22,7 +22,7 @@ from ..model.losses import bce
 from ..model.method import Method, register
 from .cells import conv, to_grid, unit
 from .garan import GARAN
-from ..settings import Config
+from ..settings import Config, Rates, Width
 
 # %% ../../nbs/rivals/14_mcn.ipynb #0d65304f
 def asnls(
@@ -295,23 +295,18 @@ class Agreement(nn.Module):
             energies.append(e)
         return ((middle[0]*middle[1]).sum(1) + 1)/2, *energies
 
-# %% ../../nbs/rivals/14_mcn.ipynb #c74be3b8
-_Size = Annotated[int, Field(ge=1, le=4096)]
-_Rates = Annotated[tuple[Annotated[int, Field(ge=1, le=256)], ...],
-                   Field(strict=False, max_length=8)]
-
 # %% ../../nbs/rivals/14_mcn.ipynb #f77eb0e7
 class TrunkConfig(Config):
     "What MCN and CGAN have in common."
     part = 'model configuration'
-    emb_dim: _Size = Field(300, description="of a word: GloVe's")
-    gru_dim: _Size = Field(512, description='of the GRU, per direction')
-    d_m: _Size = Field(1024, description='channels of the fused map at stride 32')
-    d: _Size = Field(512, description='of the maps at strides 16 and 8')
+    emb_dim: Width = Field(300, description="of a word: GloVe's")
+    gru_dim: Width = Field(512, description='of the GRU, per direction')
+    d_m: Width = Field(1024, description='channels of the fused map at stride 32')
+    d: Width = Field(512, description='of the maps at strides 16 and 8')
     groups: int = Field(2, ge=1, le=64, description='K of GARAN')
     shared: bool = Field(True, description="GARAN's maps serve every group; False: SimREC's form")
-    aspp_width: _Size = Field(256, description='of each branch of the mask head')
-    aspp_rates: _Rates = Field((6, 12, 18), description='belong to a map of 52 cells')
+    aspp_width: Width = Field(256, description='of each branch of the mask head')
+    aspp_rates: Rates = Field((6, 12, 18), description='belong to a map of 52 cells')
     dropout: float = Field(.1, ge=0, lt=1, description='on words, and on logits of the pooling')
     freeze_vectors: bool = Field(False, description='word embeddings stay as they are: MCN does')
     pool: Literal['channel', 'mean'] = Field('channel', description='from words to a sentence')

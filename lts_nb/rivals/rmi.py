@@ -7,14 +7,14 @@ __all__ = ['SentenceOnce', 'single', 'WordStep', 'MultimodalLSTM', 'VisualEntry'
            'RMIMethod']
 
 # %% ../../nbs/rivals/07_rmi.ipynb #2c3ef457
-from typing import Annotated, Literal
+from typing import Literal
 import torch
 from pydantic import Field
 from torch import nn
 from ..model.method import register
 from .cells import MapMethod, Maps, conv, coordinates, to_grid, unit
-from .words import Reader, glorot_parts, real_words
-from ..settings import Config
+from .words import Reader, glorot_parts
+from ..settings import Config, Width
 
 # %% ../../nbs/rivals/07_rmi.ipynb #eceb09ca
 class SentenceOnce(nn.Module):
@@ -130,15 +130,13 @@ def artanh_readout(
     return .5*((1.001 + h).log() - (1.001 - h).log()).relu()
 
 # %% ../../nbs/rivals/07_rmi.ipynb #0b959027
-_Size = Annotated[int, Field(ge=1, le=4096)]
-
 class RMIConfig(Config):
     "Every switch of RMI; the defaults are the official code's, with GloVe's word vectors."
     part = 'model configuration'
-    emb_dim: _Size = Field(300, description='of a word; officially 1000, learnt')
-    d_word: _Size = Field(1000, description="of the word LSTM's state")
-    d_visual: _Size = Field(1000, description='of the visual vector of a cell')
-    width: _Size = Field(500, description='of the belief of a cell')
+    emb_dim: Width = Field(300, description='of a word; officially 1000, learnt')
+    d_word: Width = Field(1000, description="of the word LSTM's state")
+    d_visual: Width = Field(1000, description='of the visual vector of a cell')
+    width: Width = Field(500, description='of the belief of a cell')
     meet: Literal['words', 'sentence'] = Field('words',
         description="'sentence': the paper's baseline, the picture meets only the last state")
     word_in: bool = Field(True, description='False: the mLSTM reads the state, not the word')

@@ -6,7 +6,7 @@
 __all__ = ['OneFusion', 'RRNConfig', 'RRN', 'RRNMethod']
 
 # %% ../../nbs/rivals/08_rrn.ipynb #a5986644
-from typing import Annotated, Literal
+from typing import Literal
 import torch
 from pydantic import Field
 from torch import nn
@@ -14,7 +14,7 @@ from ..model.method import register
 from .cells import MapMethod, Maps, conv, coordinates, finer, to_grid, unit
 from .convlstm import ConvLSTM, walk
 from .words import Reader, glorot_parts
-from ..settings import Config
+from ..settings import Config, Width
 
 # %% ../../nbs/rivals/08_rrn.ipynb #def0bb1d
 class OneFusion(nn.Module):
@@ -50,15 +50,13 @@ class OneFusion(nn.Module):
         return (to_grid(picture, size, 'nearest') + sentence + place).relu()
 
 # %% ../../nbs/rivals/08_rrn.ipynb #b3c74bb9
-_Size = Annotated[int, Field(ge=1, le=4096)]
-
 class RRNConfig(Config):
     "Every switch of RRN; the defaults are the official code's, with GloVe's word vectors."
     part = 'model configuration'
-    emb_dim: _Size = Field(300, description='of a word; officially 1000, learnt')
-    d_word: _Size = Field(1000, description="of the word LSTM's state")
-    d_visual: _Size = Field(1000, description='of the visual vector of a cell')
-    width: _Size = Field(500, description='of the maps and of the memory')
+    emb_dim: Width = Field(300, description='of a word; officially 1000, learnt')
+    d_word: Width = Field(1000, description="of the word LSTM's state")
+    d_visual: Width = Field(1000, description='of the visual vector of a cell')
+    width: Width = Field(500, description='of the maps and of the memory')
     size: int = Field(416, ge=32, le=2048, description='side of the input; the kit fills it in')
     levels: str = Field('543', pattern='^[345]{1,3}$',
                         description='maps read after the fusion: 5 = F_v1, 4 = F_v2, 3 = F_v3')
