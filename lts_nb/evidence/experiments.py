@@ -213,7 +213,7 @@ PRESETS = {
 }
 # the cpu preset on the development seed: learning rates are searched there, and nothing is graded
 PRESETS['dev'] = PRESETS['cpu'] | dict(datasets={'refcoco': 'refshapes'}, like='cpu',
-                                       recipe=asdict(Recipe(seed=0)))
+                                       recipe=asdict(Recipe(seed=0)), controls=False)
 
 # %% ../../nbs/evidence/02_experiments.ipynb #322e85ae
 PRESETS |= {
@@ -328,7 +328,7 @@ def runs_for(
     frame = frame[frame.dataset.isin(list(here))]
     frame = frame.assign(experiment=frame.experiment.map(base_of))
     pairs = dict.fromkeys(frame[['experiment', 'dataset']].itertuples(index=False, name=None))
-    if preset != 'dev':
+    if preset_of(preset).get('controls', True):
         pairs |= dict.fromkeys(frame[['blind', 'dataset']].itertuples(index=False, name=None))
     return [run_config(e, d, preset, s, pretrain) for s in range(seeds) for e, d in pairs]
 

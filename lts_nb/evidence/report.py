@@ -44,8 +44,9 @@ def missing_runs(
     there = {(r['experiment'], r['dataset'], r['seed']) for r in results}
     seeds = sorted({0} | {r['seed'] for r in results})
     rows_need = zip(wanted.experiment.map(base_of), wanted.ours)
-    # the development preset has no controls
-    floors_need = zip(wanted.blind, wanted.ours) if preset != 'dev' else ()
+    # a preset that grades nothing has no controls
+    graded = preset_of(preset).get('controls', True)
+    floors_need = zip(wanted.blind, wanted.ours) if graded else ()
     pairs = dict.fromkeys([*rows_need, *floors_need])
     return [run_name(e, d, preset, s) for s in seeds for e, d in pairs if (e, d, s) not in there]
 

@@ -9,9 +9,7 @@ __all__ = ['Practice', 'practice_set', 'practice_batch', 'by_heart', 'show_masks
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np
 import torch
-from safetensors.torch import load_file
 from ..data.dataset import Samples
 from ..data.refer import Refer
 from ..data.shapes import Recipe, make_family
@@ -21,6 +19,7 @@ from ..model.method import Method
 from ..settings import Config
 from .features import LiveFeatures
 from .opening import SHIPPED
+from .pretrain import load_backbone
 
 # %% ../../nbs/training/10_practice.ipynb #eae1004e
 class Practice(NamedTuple):
@@ -34,11 +33,6 @@ class Practice(NamedTuple):
     def sentences(self):
         "What is said."
         return [self.samples.rows[r][1].sent for r in self.rows]
-    @property
-    def images(self):
-        "The pictures, (H, W, 3) uint8."
-        refer = self.samples.refer
-        return [refer.open_image(self.samples.rows[r][0].image_id) for r in self.rows]
 
 # %% ../../nbs/training/10_practice.ipynb #72fa05e9
 def practice_set(
@@ -53,9 +47,8 @@ def practice_set(
     make_family(Path(folder), Recipe(seed=seed, train=2*n, val=2, testA=2, testB=2))
     refer = Refer(folder, dataset)
     vocab = build_vocab(refer)
-    backbone = Darknet53(width=.25, depths=(1, 1, 2, 2, 1), neck=False)
-    backbone.load_state_dict(load_file(SHIPPED/'backbone.safetensors'))
-    backbone.eval().requires_grad_(False)
+    backbone = load_backbone(Darknet53(width=.25, depths=(1, 1, 2, 2, 1), neck=False),
+                             SHIPPED/'backbone.safetensors')
     samples = Samples(refer, 'train', vocab, size=128, targets=method.needs,
                       inputs=lambda words: method.inputs(cfg, words))
     first = {}

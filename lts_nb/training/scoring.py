@@ -139,14 +139,14 @@ class _Scorer:
         self.scores, self.truth_n = np.zeros((n, 5), np.int64), np.zeros(n, np.int64)
         self.other_finishes = np.zeros((others, n, 2), np.int64)
         self.curves = np.zeros((2, n, len(THRESHOLDS)), np.int32)
-        self.seconds, self.found = dict.fromkeys(('forward', *self.finishes), 0.), None
+        self.seconds = dict.fromkeys(('forward', *self.finishes), 0.)
 
     def timed(self, name, fn, *args):
-        "Call a function, keep what it found, and add its time to a name's."
+        "What a function finds; its time is added to a name's."
         began = time.perf_counter()
-        self.found = fn(*args)
+        found = fn(*args)
         self.seconds[name] += time.perf_counter() - began
-        return self.found
+        return found
 
 # %% ../../nbs/training/08_scoring.ipynb #01269d0b
 @patch
@@ -226,8 +226,8 @@ def evaluate(
     for b in tqdm(batches, desc=f'scoring {samples.split}', unit='batch', disable=not progress,
                   leave=False):
         features, b = on_device(b, source, device)
-        score.timed('forward', method.forward, model, features, b)
-        score(score.found, b)
+        out = score.timed('forward', method.forward, model, features, b)
+        score(out, b)
     return sentence_facts(samples) | score.arrays()
 
 # %% ../../nbs/training/08_scoring.ipynb #35b0ce32
