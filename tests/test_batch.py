@@ -111,7 +111,7 @@ def test_killed_and_run_again_gives_the_same_bytes(made, how, after, cores):
     assert process.poll() is None, 'it was still at work'
     os.killpg(process.pid, how)
     process.wait(60)
-    # a kernel that is just importing looks for its parent only afterwards
+    # the workers of a loader look for their parent every five seconds
     assert gone_within(20, out), 'nobody goes on working in its folder'
     result = run(out, made.root, cores)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -24,12 +24,11 @@ BY_HAND = {'lts': (None, 52.05), 'rmi': (12.1, 89), 'rrn': (16.2, 30.5), 'dmn': 
 def one(name):
     "Measure one method; printed as JSON."
     import torch
+    from lts_nb.evidence.experiments import run_config
     from lts_nb.model.method import count_flops
     from lts_nb.training.config import method_of
     from lts_nb.training.run import peak_memory_mb
-    method = method_of(name)
-    told = {k: v for k, v in dict(size=416, max_len=WORDS).items() if k in method.config.model_fields}
-    cfg = method.config(**told | method.widths.get('paper', {}))
+    method, cfg = method_of(name), run_config(name, 'refcoco', 'paper').model
     torch.manual_seed(0)
     model = method.build(cfg, CHANNELS, range(1000))
     embedding = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
