@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPLIT_FILES', 'SPLIT_ORDER', 'COCO_FOLDERS', 'PUBLISHED_COUNTS', 'write_refer', 'decode_rle', 'decode_segmentation',
-           'Sentence', 'Ref', 'Image', 'Annotation', 'Refer', 'load_restricted_pickle', 'read_image',
+           'Sentence', 'Ref', 'Image', 'Annotation', 'Refer', 'load_restricted_pickle', 'load_refs', 'read_image',
            'dataset_statistics', 'partition_notes', 'check_dataset']
 
 # %% ../../nbs/data/01_refer.ipynb #1ba904c7
-import json, pickle, reprlib
+import gc, hashlib, json, pickle, reprlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
@@ -17,7 +18,7 @@ import PIL.Image
 from fastcore.basics import patch
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
-from ..errors import KitError, atomic_path, unknown_name
+from ..errors import KitError, atomic_path, unknown_name, write_text
 
 # %% ../../nbs/data/01_refer.ipynb #5f9f9935
 def write_refer(
@@ -159,8 +160,18 @@ SPLIT_ORDER = 'train', 'val', 'test', 'testA', 'testB'
 COCO_FOLDERS = 'images/mscoco/images/train2014', 'images/train2014', 'train2014'
 
 # %% ../../nbs/data/01_refer.ipynb #7fe39135
+@contextmanager
+def _all_stay():
+    "Hundreds of thousands of objects are made, and all stay: Python need not look for garbage."
+    was = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if was: gc.enable()
+
 class Refer:
     "A REFER data set: `images`, `annotations`, `categories` and `refs`, each a dict by id."
+    @_all_stay()
     def __init__(self,
         root,          # folder with `<dataset>/` and `images/`
         dataset:str,   # a name in `SPLIT_FILES`, or of a folder of your own
@@ -178,7 +189,7 @@ class Refer:
         self.categories = {}
         for c in found['categories']:
             self.categories[_field(c, 'id', int, where)] = _field(c, 'name', str, where)
-        refs = load_restricted_pickle(path)
+        refs = load_refs(path)
         if not isinstance(refs, list) or not refs:
             raise KitError('the file holds no list of refs', path, _how_to_get(dataset, root))
         refs = sorted([_ref(r, path) for r in refs], key=lambda r: r.ref_id)
@@ -317,6 +328,26 @@ def load_restricted_pickle(
     except OSError as e: raise KitError(f'the file cannot be read: {e.strerror}', path) from e
     except Exception as e:
         raise KitError(f'the pickle is broken ({type(e).__name__})', path, 'Fetch it again') from e
+
+# %% ../../nbs/data/01_refer.ipynb #4a35c99b
+def load_refs(
+    path,  # refs(<by>).p of a release
+):         # its content
+    """What a pickle of refs holds, from a JSON file beside it where the same bytes were opened before.
+    Raises `KitError` as `load_restricted_pickle` does."""
+    path = Path(path)
+    try: content = path.read_bytes()
+    except OSError: return load_restricted_pickle(path)  # which says what is wrong
+    kept = path.with_name(f'.{path.stem}-{hashlib.sha256(content).hexdigest()[:16]}.json')
+    try: return json.loads(kept.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError): pass
+    refs = load_restricted_pickle(path)
+    try:
+        text = json.dumps(refs)
+        if json.loads(text) == refs: write_text(kept, text)
+    # nothing that JSON can hold, or nowhere to keep it
+    except (TypeError, ValueError, RecursionError, KitError): pass
+    return refs
 
 # %% ../../nbs/data/01_refer.ipynb #81651260
 @patch

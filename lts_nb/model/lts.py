@@ -111,20 +111,30 @@ class LTS(nn.Module):
         self.segment = Segment(d_k, cfg.aspp_width, cfg.aspp_rates, cfg.deconv, has_prior,
                                cfg.prior_as) if cfg.seg else None
         self.plain = nn.Conv2d(d_k, 1, 1) if not has_prior and not cfg.seg else None
-    def forward(self, features, tokens, lengths):
-        """features (v1 before the tail, v2, v3);
+    def look(self, features):
+        """features (v1 before the tail, v2, v3) ->
+        what they alone decide, the same for every sentence about a picture."""
+        maps = self.fusion.look(self.tail(features[0]), features[1], features[2])
+        # in training each picture meets one sentence, so nothing more is shared
+        if self.training or self.segment is None: return maps
+        return maps + self.segment.look(maps[2])
+    def answer(self, looked, tokens, lengths):
+        """looked, from `look`, a row for each sentence;
         tokens (B,T) padded with 0; lengths (B,) -> LTSOutput."""
         # eq. 1–4: a vector for each word, and one for the sentence
         words, f_text, mask = self.language(tokens, lengths)
         # eq. 5–7: the sentence enters the picture
-        F_v1, F_v2, F_v3 = self.tail(features[0]), features[1], features[2]
-        F_m3 = self.fusion(F_v1, F_v2, F_v3, f_text)
+        F_m3 = self.fusion.two_grids(*looked[:3], f_text)
         # eq. 8: where
-        H = None if self.locate is None else self.locate(F_m3, words, f_text, mask)
+        H = None if self.locate is None else self.locate(F_m3.whole(), words, f_text, mask)
         # eq. 10: what shape
-        if self.segment is not None: return LTSOutput(H, self.segment(F_m3, H))
+        if self.segment is not None:
+            return LTSOutput(H, self.segment.of_two_grids(F_m3, H, looked[3:]))
         # Table 2 without Seg: the prior is the mask
-        return LTSOutput(H, self.plain(F_m3) if H is None else H)
+        return LTSOutput(H, self.plain(F_m3.whole()) if H is None else H)
+    def forward(self, features, tokens, lengths):
+        "A picture for each sentence."
+        return self.answer(self.look(features), tokens, lengths)
 
 # %% ../../nbs/model/08_lts.ipynb #b686127a
 def count_parameters(
@@ -186,6 +196,9 @@ class LTSMethod(Method):
     }
     def build(self, cfg, channels, vocab, vectors=None, tail=None):
         return LTS(cfg, channels, len(vocab), vectors, tail)
+    def look(self, model, features): return model.look(features)
+    def answer(self, model, looked, batch):
+        return model.answer(looked, batch['tokens'], batch['lengths'])
     def loss(self, cfg, out, batch):
         target = batch['mask' if cfg.seg else 'prior']
         return lts_loss(out, target, batch['prior'], cfg.lam, cfg.reduction)

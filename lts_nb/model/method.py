@@ -93,6 +93,21 @@ class Method:
         "The network's output for a batch, in the method's own form."
         return model(features, batch['tokens'], batch['lengths'])
 
+    def look(self,
+        model:nn.Module, # from `build`, in evaluation mode
+        features,        # of the frozen backbone, a row a picture
+    )->tuple:            # tensors with a row a picture
+        "What the picture alone decides, for all sentences about it; the features, where nothing."
+        return features
+
+    def answer(self,
+        model:nn.Module, # from `build`, in evaluation mode
+        looked,          # from `look`, a row a sentence
+        batch:dict,      # as for `forward`
+    ):
+        "`forward` behind `look`."
+        return self.forward(model, looked, batch)
+
     def loss(self,
         cfg:Config,  # its settings
         out,         # from `forward`

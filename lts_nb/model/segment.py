@@ -7,8 +7,10 @@ __all__ = ['cat_channels', 'ASPP', 'Segment']
 
 # %% ../../nbs/model/05_segment.ipynb #6d49825f
 import torch
+from fastcore.basics import patch
 from torch import nn
 from .darknet import conv_bn
+from .fusion import TwoGrids, conv_of, conv_part
 from ..errors import unknown_name
 
 # %% ../../nbs/model/05_segment.ipynb #539464f9
@@ -59,7 +61,7 @@ class Segment(nn.Module):
             raise unknown_name('deconv', deconv, ('feature', 'mask'))
         if prior_as not in ('sigmoid', 'logits'):
             raise unknown_name('prior_as', prior_as, ('sigmoid', 'logits'))
-        self.prior, self.prior_as = prior, prior_as
+        self.prior, self.prior_as, self.c_in = prior, prior_as, c_in
         self.aspp = ASPP(c_in + prior, width, rates)   # one channel more where there is a prior
         if deconv == 'feature':
             self.up = nn.Sequential(
@@ -69,10 +71,66 @@ class Segment(nn.Module):
                 nn.Conv2d(width, 1, 1))
         else: self.up = nn.Sequential(nn.Conv2d(width, 1, 1), nn.ConvTranspose2d(1, 1, 4, 2, 1))
 
+    def channel(self, prior):
+        "The prior's logits as the channel that Seg reads."
+        return prior.sigmoid() if self.prior_as == 'sigmoid' else prior
+
     def forward(self, F_m3, prior=None):  # (B,c_in,h,w), (B,1,h,w) logits or None
-        if self.prior:
-            # eq. 10: concat(F_m3, H_mask)
-            H = prior.sigmoid() if self.prior_as == 'sigmoid' else prior
-            F_m3 = cat_channels(F_m3, H)
+        # eq. 10: concat(F_m3, H_mask)
+        if self.prior: F_m3 = cat_channels(F_m3, self.channel(prior))
         # eq. 10: Seg is ASPP, then a doubling to (B,1,2h,2w)
         return self.up(self.aspp(F_m3))
+
+# %% ../../nbs/model/05_segment.ipynb #be504af9
+@patch
+def look(self:ASPP,
+    fine,       # (B,C,h,w): channels of the input that the picture alone decides
+    first:int,  # which channel of the input is the first of them
+)->tuple:       # one a branch; empty where a rate is odd
+    "What these channels give to each branch: the same for all sentences about a picture."
+    odd = [b for b in self.branches if b[0].kernel_size[0] > 1 and b[0].dilation[0] % 2]
+    if odd: return ()
+    return tuple(conv_part(b[0], fine, first, fine.shape[-2:]) for b in self.branches)
+
+@patch
+def of_pieces(self:ASPP,
+    pieces,   # maps whose channels together are the input, coarse ones before fine ones
+    seen=(),  # from `look`, of the second piece
+):            # (B,width,h,w)
+    "As `forward` for the pieces put together; each branch works on the grid of each piece."
+    # everything: the means of the pieces are the mean of the whole
+    pool, *rest = self.pool
+    pooled = torch.cat([pool(p) for p in pieces], 1)
+    for layer in rest: pooled = layer(pooled)
+    pooled = pooled.expand(-1, -1, *pieces[-1].shape[-2:])
+    # near and far
+    branches = []
+    for i, (conv, norm, act) in enumerate(self.branches):
+        found = conv_of(conv, pieces, seen[i] if seen else None)
+        branches.append(act(norm(found)))
+    # a 1×1 convolution weighs the answers, cell by cell
+    return self.project(cat_channels(*branches, pooled))
+
+# %% ../../nbs/model/05_segment.ipynb #1c3d963b
+@patch
+def look(self:Segment,
+    fine,  # (B,C,h,w): the second half of F_m3
+)->tuple:  # for `of_two_grids`
+    "What the picture alone gives to Seg."
+    return self.aspp.look(fine, self.c_in - fine.shape[1])
+
+@patch
+def of_two_grids(self:Segment,
+    F_m3:TwoGrids, # from `Fusion.two_grids`
+    prior=None,    # (B,1,h,w) logits; not read without `prior`
+    seen=(),       # from `look`
+):                 # mask logits (B,1,2h,2w)
+    "Eq. 10 on the halves of F_m3."
+    # eq. 10: concat(F_m3, H_mask)
+    pieces = F_m3
+    if self.prior:
+        H = self.channel(prior)
+        # where the fine half is known already, only the prior is left to be convolved
+        pieces = (*F_m3, H) if seen else TwoGrids(F_m3.coarse, cat_channels(F_m3.fine, H))
+    # eq. 10: Seg
+    return self.up(self.aspp.of_pieces(pieces, seen))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'ensure_data', 'set_up', 'open_data', 'shared_backbone', 'ensure_backbone', 'open_backbone',
-           'open_features', 'build_model', 'loader', 'on_device']
+           'open_features', 'build_model', 'loader', 'of_rows', 'on_device']
 
 # %% ../../nbs/training/06_opening.ipynb #db3122a5
 import json, os
@@ -169,10 +169,14 @@ class _Batches(Dataset):
     def __init__(self, samples, source): self.samples, self.source = samples, source
     def __getitem__(self, rows):
         b = self.samples.batch(rows)
+        # a picture once, however many sentences of the batch are about it
+        pictures = list(dict.fromkeys(b['images']))
+        place = {image_id: k for k, image_id in enumerate(pictures)}
+        b['picture'] = torch.tensor([place[image_id] for image_id in b['images']])
         # live features: images are opened here, the backbone runs later on the device
         if isinstance(self.source, LiveFeatures):
-            return b | {'pixels': self.source.images(b['images'])}
-        return b | {'features': self.source(b['images'])}
+            return b | {'pixels': self.source.images(pictures)}
+        return b | {'features': self.source(pictures)}
 
 def loader(
     samples:Samples, # of a split
@@ -186,13 +190,26 @@ def loader(
                       num_workers=workers,
                       generator=torch.Generator(), prefetch_factor=4 if workers else None)
 
+# %% ../../nbs/training/06_opening.ipynb #49577440
+def of_rows(
+    maps,       # tensors with a row a picture
+    batch:dict, # from `loader`
+)->tuple:       # the same with a row a sentence
+    "The maps of each sentence's picture."
+    which = batch['picture']
+    # each picture has one sentence: nothing is to be copied
+    if len(which) == len(maps[0]): return tuple(maps)
+    return tuple(m.index_select(0, which.to(m.device)) for m in maps)
+
 def on_device(
     batch:dict,  # from `loader`
     source,      # the feature source it came from
     device,      # of the model
+    rows=True,   # False: features with a row a picture, for `Method.look`
 )->tuple:        # (features, batch): tensors on the device, but for `lengths`, which packing wants on the CPU
     "A batch where the model is."
     features = source.of_images(batch['pixels']) if 'pixels' in batch else batch['features']
     moved = {k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)
              and k not in ('lengths', 'pixels')}
-    return tuple(f.to(device) for f in features), batch | moved
+    features = tuple(f.to(device) for f in features)
+    return of_rows(features, batch) if rows else features, batch | moved
