@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 import torch
 from fastcore.basics import patch
+from tqdm.auto import tqdm
 from ..errors import KitError, unknown_name
 from .letterbox import letterbox_geometry, letterbox_grid
 from .refer import Refer
@@ -74,6 +75,33 @@ def grids(self:Samples,
 )->tuple:        # (H/4, W/4) and (H/8, W/8) bool arrays
     "An object's mask on the two target grids."
     return self.grid(ann_id, 4), self.grid(ann_id, 8)
+
+# %% ../../nbs/data/05_dataset.ipynb #3b560162
+@patch
+def all_grids(self:Samples,
+    progress:bool=True,  # show a bar
+)->dict:  # ann_id (n,) and, by their stride, '4' and '8': (n, bytes) uint8, eight cells a byte
+    "The target grids of all objects of the split, to be kept for other runs."
+    anns = sorted({ref.ann_id for ref, _ in self.rows})
+    found = {4: [], 8: []}
+    for ann_id in tqdm(anns, desc='target grids', disable=not progress, leave=False):
+        for stride, bits in found.items():
+            self.grid(ann_id, stride)
+            bits.append(self._grids[ann_id, stride])
+    return {'ann_id': np.array(anns), **{str(s): np.stack(bits) for s, bits in found.items()}}
+
+@patch
+def take_grids(self:Samples,
+    arrays:dict,  # from `all_grids` of the same split, size and sampling
+):
+    "Use grids that another run has made. KitError where they are of another size."
+    for stride in (4, 8):
+        bits, cells = arrays[str(stride)], (self.size//stride)**2
+        if bits.shape != (len(arrays['ann_id']), -(-cells//8)):
+            raise KitError(f'the kept grids are {bits.shape}, not of {cells} cells',
+                           mend='Delete the folder shared/grids of the report; it is made again')
+        for ann_id, packed in zip(arrays['ann_id'].tolist(), bits):
+            self._grids[ann_id, stride] = packed
 
 # %% ../../nbs/data/05_dataset.ipynb #40f2cf93
 @patch

@@ -17,9 +17,9 @@ from ..errors import disk_error, write_text
 from ..data.dataset import Samples
 from .config import RunConfig, method_of
 from .opening import build_model, open_backbone, open_data, open_features, set_up, shared_backbone
-from .scoring import ExampleKeeper, WorstKeeper, best_threshold, evaluate
+from .scoring import ExampleKeeper, WorstKeeper, best_threshold, evaluate, kept_arrays
 from .scoring import finish_metrics, pack_examples, save_arrays, split_ceiling
-from .scoring import split_metrics, swapped_metrics, threshold_metrics
+from .scoring import sentence_facts, split_metrics, swapped_metrics, threshold_metrics
 
 # %% ../../nbs/training/09_run.ipynb #16def194
 class Run:
@@ -46,8 +46,18 @@ class Run:
         """The sentences of a split with their targets;
         `shuffle` deals out others' sentences (the blind control)."""
         d, m = self.config.data, self.config.model
-        return Samples(self.refer, split, self.vocab, d.max_len, d.size, d.downsample, shuffle,
-                       d.stretch, self.method.needs, partial(self.method.inputs, m))
+        found = Samples(self.refer, split, self.vocab, d.max_len, d.size, d.downsample, shuffle,
+                        d.stretch, self.method.needs, partial(self.method.inputs, m))
+        # the loop of training sees every object: its grids are the same for all runs
+        if split == 'train' and self.fingerprint:
+            kind = f'grids/{d.size}-{d.downsample}-{"stretched" if d.stretch else "boxed"}'
+            found.take_grids(kept_arrays(self.shared(kind, split), found.all_grids))
+        return found
+
+    def shared(self, kind, split):
+        "The file that all runs of a report share for a split of this data."
+        print_ = self.fingerprint.replace(':', '-')
+        return self.out/'shared'/kind/f'{self.config.data.dataset}-{split}-{print_}.npz'
 
 # %% ../../nbs/training/09_run.ipynb #91e49e91
 def prepare(
@@ -80,8 +90,10 @@ def _ceiling_of(run, samples):
 def _evaluate(run, samples, on_mask=None, threshold=None, finishes=None):
     "The scores of one split on the run's device."
     c = run.config.compute
+    facts = kept_arrays(run.shared('facts', samples.split), partial(sentence_facts, samples))
     return evaluate(run.model, samples, run.source, run.method, run.config.model, run.acc.device,
-                    c.score_batch, c.workers, on_mask, threshold=threshold, finishes=finishes)
+                    c.score_batch, c.workers, on_mask, threshold=threshold, finishes=finishes,
+                    facts=facts)
 
 def _chosen_threshold(run):
     "The method's own threshold, or the best one on val where it has none."

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STEPS', 'THRESHOLDS', 'EXAMPLES', 'WORST', 'finished', 'sentence_facts', 'threshold_curve', 'by_picture', 'evaluate',
            'split_metrics', 'swapped_metrics', 'finish_metrics', 'threshold_metrics', 'best_threshold', 'split_ceiling',
-           'ExampleKeeper', 'WorstKeeper', 'pack_examples', 'save_arrays']
+           'ExampleKeeper', 'WorstKeeper', 'pack_examples', 'save_arrays', 'kept_arrays']
 
 # %% ../../nbs/training/08_scoring.ipynb #983eeb23
-import json, time, zlib
+import json, time, zipfile, zlib
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from filelock import FileLock
 from tqdm.auto import tqdm
-from ..errors import atomic_path, unknown_name, write_text
+from ..errors import atomic_path, disk_error, unknown_name, write_text
 from ..data.dataset import Samples
 from ..data.letterbox import letterbox_image, predict_mask, undo_letterbox
 from ..model.method import Method
@@ -236,6 +237,7 @@ def evaluate(
     progress:bool=True, # show a bar
     threshold=None,    # of the masks; None: the method's own
     finishes=None,     # names; None: all of the method's. The first is shown to `on_mask`
+    facts=None,        # from `sentence_facts`, where they are known
 )->dict:               # arrays over sentences: those of `sentence_facts`, intersection, union, hit, other_i, other_u, NAME_i and NAME_u of other finishes, curve_i and curve_n (n, thresholds) of the first, truth_n, ms_forward and ms_NAME (milliseconds a sentence)
     "Score every sentence of a split at the original image size."
     model.eval()
@@ -246,7 +248,7 @@ def evaluate(
         features, b = on_device(b, source, device, rows=False)
         out = score.timed('forward', _answer, method, model, features, b)
         score(out, b)
-    return sentence_facts(samples) | score.arrays()
+    return (facts or sentence_facts(samples)) | score.arrays()
 
 # %% ../../nbs/training/08_scoring.ipynb #35b0ce32
 def split_metrics(
@@ -382,3 +384,24 @@ def save_arrays(
     "Write arrays as .npz, completely or not at all."
     with atomic_path(path) as tmp:
         with open(tmp, 'wb') as f: np.savez_compressed(f, **arrays)
+
+def _read_arrays(path):
+    "The arrays of a file, or None where it is not there or damaged."
+    try:
+        with np.load(path) as f: return dict(f)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile): return None
+
+def kept_arrays(
+    path,  # .npz
+    make,  # () -> arrays, called where the file does not stand yet
+)->dict:   # name -> array
+    "What does not change from run to run: made by the first, read by the others."
+    path = Path(path)
+    if (arrays := _read_arrays(path)) is not None: return arrays
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise disk_error(e, path.parent) from e
+    # the second of two runs waits, and finds it there
+    with FileLock(path.with_suffix('.lock')):
+        arrays = _read_arrays(path)
+        if arrays is None: save_arrays(path, arrays := make())
+    return arrays
