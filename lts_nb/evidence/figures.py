@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.transforms import Bbox
 import numpy as np, pandas as pd, seaborn as sns
 from ..errors import KitError, atomic_path
 from .experiments import ABLATION
@@ -237,6 +238,18 @@ def table2_bars(
     return fig
 
 # %% ../../nbs/evidence/04_figures.ipynb #d47d049b
+def _label(ax, point, text, taken):
+    "A text beside a point, at the first of six places where it covers no other."
+    for dy in (3, -10, 12):
+        for dx, side in ((5, 'left'), (-5, 'right')):
+            found = ax.annotate(text, point, fontsize=7, xytext=(dx, dy), ha=side,
+                                textcoords='offset points', parse_math=False)
+            box = found.get_window_extent()
+            if not any(box.overlaps(other) for other in taken): return taken.append(box)
+            found.remove()
+    ax.annotate(text, point, fontsize=7, xytext=(5, 3), textcoords='offset points',
+                parse_math=False)
+
 def accuracy_over_operations(
     costs:pd.DataFrame,  # from `tables.costs_frame`
     titles:dict,         # experiment -> the name beside its point
@@ -244,15 +257,21 @@ def accuracy_over_operations(
     "Overall IoU on val against the operations of the head, one point a method."
     with plt.rc_context(_style):
         fig, ax = plt.subplots(figsize=(5.2, 3.4), layout='constrained')
-        for c in costs.itertuples():
-            ours = c.experiment.startswith('lts')
-            ax.scatter(c.GFLOPs, c.oIoU, s=26, color='#b3261e' if ours else '#0b63ce', zorder=3)
-            ax.annotate(titles.get(c.experiment, c.experiment), (c.GFLOPs, c.oIoU), fontsize=7,
-                        xytext=(4, 3), textcoords='offset points', parse_math=False)
+        ours = costs.experiment.str.startswith('lts')
+        ax.scatter(costs.GFLOPs, costs.oIoU, s=26, zorder=3,
+                   color=np.where(ours, '#b3261e', '#0b63ce'))
         ax.set(xlabel='GFLOP of the head, one picture and one sentence',
-               ylabel='overall IoU, val, percent', ylim=(0, None))
+               ylabel='overall IoU, val, percent', ylim=(0, 1.1*costs.oIoU.max()))
         if (costs.GFLOPs > 0).all(): ax.set(xscale='log')
-        ax.margins(x=.15)
+        ax.xaxis.set_major_formatter('{x:g}')
+        ax.xaxis.set_minor_formatter('{x:g}')
+        ax.tick_params(axis='x', which='both', labelsize=7)
+        ax.margins(x=.2)
+        fig.canvas.draw()  # sizes of texts are known only then
+        at = ax.transData.transform(costs[['GFLOPs', 'oIoU']].to_numpy())
+        taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in at]
+        for c in costs.itertuples():
+            _label(ax, (c.GFLOPs, c.oIoU), titles.get(c.experiment, c.experiment), taken)
     return fig
 
 # %% ../../nbs/evidence/04_figures.ipynb #f7a99a3a

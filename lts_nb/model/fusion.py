@@ -45,14 +45,6 @@ class Fusion(nn.Module):
         if fuse: self.text = nn.Sequential(
             nn.Linear(d_text, d_m1, bias=False), nn.BatchNorm1d(d_m1), nn.LeakyReLU(.1))
 
-    def product(self, v1, f_text):
-        "Eq. 5 behind its matrix W_v1. KitError for a training batch of one sentence."
-        if self.text is None: return v1
-        if self.training and len(f_text) < 2:
-            raise KitError('a training batch of one sentence cannot be normalised',
-                           mend='Train with batches of two or more, and drop a last batch of one')
-        return v1 * self.text(f_text)[:, :, None, None]
-
     def forward(self,
         v1,      # F_v1 (B,d1,H/32,W/32)
         v2,      # F_v2 (B,d2,H/16,W/16)
@@ -66,6 +58,16 @@ class Fusion(nn.Module):
         m2 = torch.cat([self.m1(upsample_to(m1, v2.shape[-2:])), self.v2(v2)], 1)
         # eq. 6 and 7, i = 3: to stride 8, beside F_v3
         return torch.cat([self.m2(upsample_to(m2, v3.shape[-2:])), self.v3(v3)], 1)
+
+# %% ../../nbs/model/03_fusion.ipynb #7f9f31cc
+@patch
+def product(self:Fusion, v1, f_text):
+    "Eq. 5 behind its matrix W_v1. KitError for a training batch of one sentence."
+    if self.text is None: return v1
+    if self.training and len(f_text) < 2:
+        raise KitError('a training batch of one sentence cannot be normalised',
+                       mend='Train with batches of two or more, and drop a last batch of one')
+    return v1 * self.text(f_text)[:, :, None, None]
 
 # %% ../../nbs/model/03_fusion.ipynb #c6eab56e
 class TwoGrids(NamedTuple):

@@ -10,6 +10,7 @@ import statistics, time
 from typing import Literal, NamedTuple
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 from ..errors import KitError, unknown_name
@@ -111,30 +112,37 @@ class LTS(nn.Module):
         self.segment = Segment(d_k, cfg.aspp_width, cfg.aspp_rates, cfg.deconv, has_prior,
                                cfg.prior_as) if cfg.seg else None
         self.plain = nn.Conv2d(d_k, 1, 1) if not has_prior and not cfg.seg else None
-    def look(self, features):
-        """features (v1 before the tail, v2, v3) ->
-        what they alone decide, the same for every sentence about a picture."""
-        maps = self.fusion.look(self.tail(features[0]), features[1], features[2])
-        # in training each picture meets one sentence, so nothing more is shared
-        if self.training or self.segment is None: return maps
-        return maps + self.segment.look(maps[2])
-    def answer(self, looked, tokens, lengths):
-        """looked, from `look`, a row for each sentence;
-        tokens (B,T) padded with 0; lengths (B,) -> LTSOutput."""
-        # eq. 1–4: a vector for each word, and one for the sentence
-        words, f_text, mask = self.language(tokens, lengths)
-        # eq. 5–7: the sentence enters the picture
-        F_m3 = self.fusion.two_grids(*looked[:3], f_text)
-        # eq. 8: where
-        H = None if self.locate is None else self.locate(F_m3.whole(), words, f_text, mask)
-        # eq. 10: what shape
-        if self.segment is not None:
-            return LTSOutput(H, self.segment.of_two_grids(F_m3, H, looked[3:]))
-        # Table 2 without Seg: the prior is the mask
-        return LTSOutput(H, self.plain(F_m3.whole()) if H is None else H)
-    def forward(self, features, tokens, lengths):
-        "A picture for each sentence."
-        return self.answer(self.look(features), tokens, lengths)
+
+# %% ../../nbs/model/08_lts.ipynb #6ad77482
+@patch
+def look(self:LTS, features):
+    """features (v1 before the tail, v2, v3) ->
+    what they alone decide, the same for every sentence about a picture."""
+    maps = self.fusion.look(self.tail(features[0]), features[1], features[2])
+    # in training each picture meets one sentence, so nothing more is shared
+    if self.training or self.segment is None: return maps
+    return maps + self.segment.look(maps[2])
+
+@patch
+def answer(self:LTS, looked, tokens, lengths):
+    """looked, from `look`, a row for each sentence;
+    tokens (B,T) padded with 0; lengths (B,) -> LTSOutput."""
+    # eq. 1–4: a vector for each word, and one for the sentence
+    words, f_text, mask = self.language(tokens, lengths)
+    # eq. 5–7: the sentence enters the picture
+    F_m3 = self.fusion.two_grids(*looked[:3], f_text)
+    # eq. 8: where
+    H = None if self.locate is None else self.locate(F_m3.whole(), words, f_text, mask)
+    # eq. 10: what shape
+    if self.segment is not None:
+        return LTSOutput(H, self.segment.of_two_grids(F_m3, H, looked[3:]))
+    # Table 2 without Seg: the prior is the mask
+    return LTSOutput(H, self.plain(F_m3.whole()) if H is None else H)
+
+@patch
+def forward(self:LTS, features, tokens, lengths):
+    "A picture for each sentence."
+    return self.answer(self.look(features), tokens, lengths)
 
 # %% ../../nbs/model/08_lts.ipynb #b686127a
 def count_parameters(
