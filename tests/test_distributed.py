@@ -214,3 +214,54 @@ def test_more_processes_than_a_batch_can_feed():
     check_processes(settings('lts'), 4)
     with pytest.raises(KitError, match='5 processes cannot share batches of 9 sentences.*Take 4 processes or fewer'):
         check_processes(settings('lts'), 5)
+
+
+SCRIPT = '''
+import os, signal, sys
+from pathlib import Path
+from filelock import FileLock
+from test_distributed import settings
+from lts_nb.errors import KitError
+from lts_nb.training import distributed as d
+root, out, config = Path(sys.argv[1]), Path(sys.argv[2]), settings('lts')
+
+def attempt(name, timeout=30.):
+    try: d.train_together(config, root, out, 2, timeout)
+    except KitError as e: print(name, '|', e)
+    else: print(name, '| done')
+
+def dies(self, batch, take=d.Group.take):
+    if self.rank == 1 and self.share.whole: os.kill(os.getpid(), signal.SIGKILL)
+    take(self, batch)
+
+take, d.Group.take = d.Group.take, dies
+attempt('killed')
+d.Group.take = take
+with FileLock(out/'runs'/config.run/'.lock'): attempt('held', 4.)
+attempt('again')
+'''
+
+
+def test_from_a_notebook(smoke, tmp_path):
+    "A process that is killed ends the others with a sentence, a run that is held is left alone, and the run then trains."
+    root, out = smoke
+    env = os.environ | dict(PYTHONPATH=f'{ROOT}{os.pathsep}{ROOT/"tests"}', OMP_NUM_THREADS='1', TQDM_DISABLE='1')
+    found = subprocess.run([sys.executable, '-c', SCRIPT, root, out], env=env, capture_output=True, text=True, timeout=240)
+    lines = dict(line.split(' | ') for line in found.stdout.splitlines() if ' | ' in line)
+    assert 'process 1 of the run was killed' in lines['killed'], found.stdout + found.stderr
+    assert 'another process is at work on this run' in lines['held']
+    assert lines['again'] == 'done'
+    progress = load_checkpoint(next((out/'runs').glob('lts-*/checkpoint.pt')), _key())
+    assert [h['processes'] for h in progress['history']] == [2, 2]
+    assert not list((out/'runs').glob('lts-*/result.json')), 'training is not the whole run'
+
+
+def _key():
+    from lts_nb.training.config import run_key
+    return run_key(settings('lts'))
+
+
+def test_without_a_launcher_the_script_says_so():
+    found = subprocess.run([sys.executable, ROOT/'nbs'/'runs'/'train_together.py'], capture_output=True, text=True,
+                           env={k: v for k, v in os.environ.items() if k != 'RANK'} | dict(PYTHONPATH=str(ROOT)))
+    assert found.returncode == 2 and 'Start it with accelerate launch' in found.stderr and 'Traceback' not in found.stderr

@@ -6,8 +6,8 @@
 __all__ = ['PLACE', 'Share', 'share_of', 'SharedSamples', 'SharedBatchNorm', 'SharedDropout', 'share_layers', 'Group', 'apart',
            'check_processes', 'LostPeer', 'join_group', 'train_member', 'train_together']
 
-# %% ../../nbs/training/11_distributed.ipynb #8b6bb4da
-import copy, json, os, re, signal, socket, tempfile, threading
+# %% ../../nbs/training/11_distributed.ipynb #fab5a10c
+import copy, json, os, re, signal, socket, sys, tempfile, threading
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -206,6 +206,7 @@ def agree(self:Group, values):
     self.stopped = asked > 0
     return dict(zip(values, summed))
 
+# %% ../../nbs/training/11_distributed.ipynb #e281e54f
 @patch
 @contextmanager
 def interrupts(self:Group):
@@ -312,6 +313,7 @@ def join_group(
     averages = DistributedDataParallelKwargs(find_unused_parameters=True)
     return set_up(compute, config.seed, [waits, averages])
 
+# %% ../../nbs/training/11_distributed.ipynb #01bf28d8
 def train_member(
     config:RunConfig,   # of the run
     root,               # folder of the data
@@ -336,9 +338,15 @@ def train_member(
     AcceleratorState._reset_state(reset_partial_state=True)
     return history
 
-# %% ../../nbs/training/11_distributed.ipynb #73cb6156
+# %% ../../nbs/training/11_distributed.ipynb #cdc6e682
+def _plain_bars():
+    "Progress as text: a fork cannot draw the widgets of its notebook."
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith('lts_nb.') and hasattr(module, 'tqdm'): module.tqdm = tqdm
+
 def _member(config, root, out, timeout, said):
     "The entry of a forked process: its failures become files."
+    _plain_bars()
     try: train_member(config, root, out, timeout)
     except KitError as e:
         kind = 'lost' if isinstance(e, LostPeer) else 'first'
@@ -347,6 +355,7 @@ def _member(config, root, out, timeout, said):
         raise SystemExit(2) from None
     except KeyboardInterrupt: raise SystemExit(130) from None
 
+# %% ../../nbs/training/11_distributed.ipynb #e682a8c3
 def _what_happened(error, said, run):
     "The sentence of a group that has failed, from what its processes wrote."
     for path in sorted(Path(said).glob('first-*.json')): return KitError(*json.loads(path.read_text()))

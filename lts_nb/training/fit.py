@@ -129,13 +129,14 @@ def _undivided():
 
 # %% ../../nbs/training/02_fit.ipynb #c393154a
 class _Saver:
-    "Calls `write` now, or when more than `every` seconds have passed since it last did."
+    """Calls `write`, if there is one, now, or when more than `every` seconds have passed since
+    it last did."""
     def __init__(self, every, write):
         self.every, self.write = every, write
         self.last = time.monotonic()
 
     def __call__(self):
-        self.write()
+        if self.write: self.write()
         self.last = time.monotonic()
 
     def when_due(self):
@@ -240,19 +241,16 @@ def fit(
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=lr, weight_decay=weight_decay, fused=True)
     progress = _resume(checkpoint, config, model, optimizer, group.foreign) or _beginning()
-    trained = model
-    model, optimizer = group.prepare(acc, model, optimizer)
-    def write():
-        if checkpoint and group.first:
-            save_checkpoint(checkpoint, trained, optimizer, progress, config)
-    save = _Saver(every, write)
+    called, optimizer = group.prepare(acc, model, optimizer)
+    def write(): save_checkpoint(checkpoint, model, optimizer, progress, config)
+    save = _Saver(every, write if checkpoint and group.first else None)
     with _saved_at_the_end(save, group):
         for epoch in range(progress['epoch'], epochs):
             rate = learning_rate(lr, decay, epoch)
             for g in optimizer.param_groups: g['lr'] = rate
             rest = batches(epoch, progress['step'])
             title = f'{desc} {epoch + 1}/{epochs}'
-            _run_epoch(acc, model, optimizer, loss_of, rest, progress, save, title, group)
+            _run_epoch(acc, called, optimizer, loss_of, rest, progress, save, title, group)
             _close_epoch(progress, rate, group.circumstances)
             if after_epoch and group.first: after_epoch(epoch, progress['history'])
     return progress['history']
