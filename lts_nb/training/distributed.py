@@ -7,7 +7,7 @@ __all__ = ['PLACE', 'Share', 'share_of', 'SharedSamples', 'SharedBatchNorm', 'Sh
            'check_processes', 'LostPeer', 'join_group', 'train_member', 'train_together']
 
 # %% ../../nbs/training/11_distributed.ipynb #fab5a10c
-import copy, json, os, re, signal, socket, sys, tempfile, threading
+import copy, json, os, re, signal, socket, sys, tempfile, threading, time
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -349,23 +349,28 @@ def _member(config, root, out, timeout, said):
     _plain_bars()
     try: train_member(config, root, out, timeout)
     except KitError as e:
-        kind = 'lost' if isinstance(e, LostPeer) else 'first'
-        write_text(Path(said)/f'{kind}-{os.environ["RANK"]}.json',
+        lost = isinstance(e, LostPeer)
+        write_text(Path(said)/f'{"lost" if lost else "first"}-{os.environ["RANK"]}.json',
                    json.dumps([e.what, e.where, e.mend]))
+        if lost: time.sleep(1)  # the launcher shall meet the one that is lost before this one
         raise SystemExit(2) from None
     except KeyboardInterrupt: raise SystemExit(130) from None
 
 # %% ../../nbs/training/11_distributed.ipynb #e682a8c3
 def _what_happened(error, said, run):
     "The sentence of a group that has failed, from what its processes wrote."
-    for path in sorted(Path(said).glob('first-*.json')): return KitError(*json.loads(path.read_text()))
-    rank, failure = error.get_first_failure()[0], error.get_first_failure()[1]
-    if failure.exitcode == 130: return KeyboardInterrupt()
-    killed = next((f for f in error.failures.values() if f.exitcode == -signal.SIGKILL), failure)
-    how = 'was killed' if killed.exitcode == -signal.SIGKILL else 'has failed'
-    return KitError(f'process {killed.local_rank} of the run {how}', run,
-                    'What it said stands above; where memory ran out, take fewer processes. '
-                    'The last checkpoint is kept, and the same command goes on from it')
+    for path in sorted(Path(said).glob('first-*.json')):
+        return KitError(*json.loads(path.read_text()))
+    ended = [f.exitcode for f in error.failures.values()]
+    if 130 in ended: return KeyboardInterrupt()
+    mend = 'What it said stands above; where memory ran out, take fewer processes. '
+    mend += 'The last checkpoint is kept, and the same command goes on from it'
+    for failure in error.failures.values():
+        if failure.exitcode == -signal.SIGKILL:
+            return KitError(f'process {failure.local_rank} of the run was killed', run, mend)
+    for path in sorted(Path(said).glob('lost-*.json')):
+        return KitError(*json.loads(path.read_text()))
+    return KitError('a process of the run has failed', run, mend)
 
 def _free_port():
     "A port of this machine that nobody uses."
