@@ -387,6 +387,7 @@ def train_together(
 ):
     "Train a run in several processes, from a notebook; its checkpoint is what remains."
     from accelerate import notebook_launcher
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     check_processes(config, processes)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -394,3 +395,5 @@ def train_together(
         try: notebook_launcher(_member, (config, root, out, timeout, said), processes,
                                use_port=_free_port())
         except ChildFailedError as e: raise _what_happened(e, said, config.run) from None
+        # Ctrl-C and SIGTERM, which the launcher has passed on
+        except SignalException: raise KeyboardInterrupt from None
