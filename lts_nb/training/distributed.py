@@ -378,6 +378,7 @@ def _free_port():
         s.bind(('127.0.0.1', 0))
         return str(s.getsockname()[1])
 
+# %% ../../nbs/training/11_distributed.ipynb #174eb34f
 def train_together(
     config:RunConfig,   # of the run
     root,               # folder of the data
