@@ -38,6 +38,7 @@ def ensure_data(
 def set_up(
     compute:ComputeConfig, # device, precision, threads
     seed:int,              # of everything that is drawn
+    handlers=(),           # how to join a group of processes, as Accelerate's handlers
 )->Accelerator:
     "Device, precision, threads, determinism and seed of a run."
     torch.set_num_threads(compute.threads)
@@ -49,7 +50,8 @@ def set_up(
     torch.manual_seed(seed)
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = compute.precision if torch.cuda.is_available() else 'no'
-    return Accelerator(cpu=compute.device == 'cpu', mixed_precision=precision)
+    return Accelerator(cpu=compute.device == 'cpu', mixed_precision=precision,
+                       kwargs_handlers=list(handlers))
 
 # %% ../../nbs/training/06_opening.ipynb #aadd4ad9
 def open_data(

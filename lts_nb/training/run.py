@@ -64,11 +64,12 @@ def prepare(
     config:RunConfig, # of a run, from `experiments.run_config`
     root,             # folder of the data
     out,              # folder of the report
+    acc=None,         # of a group of processes, which holds the run already
 )->Run:
     "Everything a run needs, on its device; waits while another process holds the run."
     run = Run(config, root, out)
-    run.lock.acquire()
-    run.acc = set_up(config.compute, config.seed)
+    if acc is None: run.lock.acquire()
+    run.acc = acc or set_up(config.compute, config.seed)
     run.refer, run.vocab, run.fingerprint = open_data(config, root)
     run.weights = shared_backbone(config, out, root)
     run.backbone, tail, channels = open_backbone(config, run.weights)

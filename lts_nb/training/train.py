@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from ..data.dataset import Samples
 from .config import RunConfig, method_of, run_key
-from .fit import fit
+from .fit import Alone, fit
 from .opening import loader, on_device
 
 # %% ../../nbs/training/07_train.ipynb #c66eba99
@@ -22,21 +22,24 @@ def train_model(
     acc:Accelerator,       # from `set_up`
     checkpoint=None,       # file to go on from
     after_epoch=None,      # called with (epoch, history)
+    group=None,            # the processes that train together; None: this one alone
 )->list:                   # history
     "Train a run's model."
     t, device, method = config.train, acc.device, method_of(config.method)
+    group = group or Alone()
     model.to(device, memory_format=torch.channels_last)
+    called = group.wrap(model, acc)
 
     def batches(epoch, skip):
         rows = samples.epoch_rows(config.seed, epoch, t.epoch_refs, t.all_sentences)
         cut = [rows[i:i + t.batch] for i in range(0, len(rows), t.batch)]
         # batch normalisation of the text vector has no variance over a single sentence
         if len(cut) > 1 and len(cut[-1]) == 1: cut.pop()
-        return loader(samples, source, cut[skip:], config.compute.workers)
+        return loader(group.samples(samples), source, cut[skip:], config.compute.workers)
 
     def loss_of(batch):
         features, batch = on_device(batch, source, device)
-        return method.loss(config.model, method.forward(model, features, batch), batch)
+        return method.loss(config.model, method.forward(called, features, batch), batch)
 
     return fit(model, loss_of, batches, t.epochs, t.lr, t.decay, checkpoint, run_key(config), acc,
-               t.weight_decay, after_epoch=after_epoch, desc=config.experiment)
+               t.weight_decay, after_epoch=after_epoch, desc=config.experiment, group=group)
