@@ -1,6 +1,7 @@
 """The loop and the feature cache under bad luck: a loss that is not finite, a damaged checkpoint, a full disk."""
 import errno
 import os
+import signal
 
 import pytest
 import torch
@@ -80,3 +81,33 @@ def test_full_disk_while_features_are_written(tiny_family, tmp_path, monkeypatch
     monkeypatch.undo()
     made = build_features(tmp_path, LiveFeatures(refer, frozen, 64), sorted(refer.images), 'k', progress=False)
     assert made([1])[0].shape[0] == 1
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_within_a_forward_pass_changes_no_byte(number, tmp_path):
+    "Statistics and draws of a step that is computed again would count twice."
+    def network():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(.5), torch.nn.Linear(4, 1))
+    rows = [{'rows': range(6), 'x': torch.randn(6, 3, generator=torch.Generator().manual_seed(i))} for i in range(4)]
+
+    def train(model, checkpoint=None, interrupt_at=None):
+        calls = []
+        def loss_of(batch):
+            out = model(batch['x']).square().sum()
+            calls.append(1)
+            if len(calls) == interrupt_at: os.kill(os.getpid(), number)
+            return out, {}
+        return fit(model, loss_of, lambda epoch, skip: rows[skip:], 2, checkpoint=checkpoint, config={})
+
+    whole, cut = network(), network()
+    torch.manual_seed(1)
+    history = train(whole)
+    torch.manual_seed(1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt): train(cut, tmp_path/'c.pt', interrupt_at=3)
+    finally: signal.signal(signal.SIGINT, before)
+    again = network()
+    assert [h['loss'] for h in train(again, tmp_path/'c.pt')] == [h['loss'] for h in history]
+    for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values()): assert torch.equal(a, b), name

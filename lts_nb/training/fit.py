@@ -183,6 +183,13 @@ class Alone:
     def agree(self, values): return values
 
 # %% ../../nbs/training/02_fit.ipynb #78be31b1
+def _not_finite(progress, values):
+    "The sentence for a loss that is no number."
+    at = f"epoch {progress['epoch'] + 1}, step {progress['step'] + 1}"
+    mend = 'Lower the learning rate (train.lr), or train without mixed precision; '
+    mend += 'the last checkpoint is kept'
+    return KitError(f"the loss became {values['loss']} in {at}", values, mend)
+
 def _run_epoch(acc, model, optimizer, loss_of, batches, progress, save, desc, group):
     "One pass over an epoch's remaining batches; `progress` counts every finished step."
     model.train()
@@ -190,18 +197,15 @@ def _run_epoch(acc, model, optimizer, loss_of, batches, progress, save, desc, gr
     total = done + len(batches)
     bar = group.bar(batches, desc=desc, unit='batch', leave=False, initial=done, total=total)
     for batch in bar:
-        began = time.monotonic()
-        group.take(batch)
-        with acc.autocast(): loss, parts = loss_of(batch)
-        optimizer.zero_grad(set_to_none=True)
-        acc.backward(group.weigh(loss))
-        values = group.agree({'loss': loss.item(), **{k: float(v) for k, v in parts.items()}})
-        if not math.isfinite(values['loss']):
-            at = f"epoch {progress['epoch'] + 1}, step {progress['step'] + 1}"
-            mend = 'Lower the learning rate (train.lr), or train without mixed precision; '
-            mend += 'the last checkpoint is kept'
-            raise KitError(f"the loss became {values['loss']} in {at}", values, mend)
-        with group.undivided():                # a step is taken and counted, or neither
+        # a step is taken and counted, or neither: its forward pass draws and moves statistics
+        with group.undivided():
+            began = time.monotonic()
+            group.take(batch)
+            with acc.autocast(): loss, parts = loss_of(batch)
+            optimizer.zero_grad(set_to_none=True)
+            acc.backward(group.weigh(loss))
+            values = group.agree({'loss': loss.item(), **{k: float(v) for k, v in parts.items()}})
+            if not math.isfinite(values['loss']): raise _not_finite(progress, values)
             optimizer.step()
             _count(progress, values, group.sentences, time.monotonic() - began)
         bar.set_postfix(loss=f"{values['loss']:.3g}", refresh=False)
