@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'Preset', 'Tables', 'Methods', 'AllCells', 'Seeds', 'Cores', 'Out', 'Root', 'Pretrain', 'Data',
            'By', 'Measure', 'Show', 'RunFolder', 'reproduce', 'plan', 'report', 'compare', 'data_make', 'data_fetch',
-           'data_leakage', 'data_check', 'evaluate', 'score', 'predict', 'main']
+           'data_leakage', 'data_check', 'evaluate', 'score', 'predict', 'export', 'main']
 
 # %% ../../nbs/manual/07_cli.ipynb #aa1ea313
 import errno, json, os, sys
@@ -251,6 +251,25 @@ def predict(
         typer.echo('note: This is the model that the kit ships (models/cpu/README.md says what it '
                    'knows): it has seen RefShapes and no photograph.', err=True)
     for note in reading_notes(opened, expression): typer.echo(f'note: {note}', err=True)
+
+# %% ../../nbs/manual/07_cli.ipynb #7ed71e73
+@app.command()
+def export(
+    onnx:Annotated[Path, typer.Option(
+        help='The file, .onnx; a script that predicts from it without torch is written beside it.')],
+    run:RunFolder=None, root:Root=None,
+    latency:Annotated[bool, typer.Option(
+        '--latency', help='Measure one answer by torch and by onnxruntime, and keep the table.')]=False,
+    force:Annotated[bool, typer.Option('--force', help='Replace files that exist.')]=False,
+):
+    """Write a trained run as one ONNX file for programs without torch.
+    It is kept only if onnxruntime answers from it as torch does."""
+    from lts_nb.manual.export import TOLERANCE, export_run
+    off, files, frame = export_run(run, onnx, root, force, latency)
+    for f in files: typer.echo(str(f))
+    if frame is not None: typer.echo(frame.round(2).to_string())
+    typer.echo(f'The largest deviation of a probability from torch is {off:.1e}; '
+               f'up to {TOLERANCE:g} is allowed.')
 
 # %% ../../nbs/manual/07_cli.ipynb #418e65f3
 @app.callback(invoke_without_command=True)
