@@ -51,8 +51,9 @@ def untrained(experiment, vocab, **switches):
                            threshold=.5, stretch=False, folder=Path('a run'), device='cpu')
 
 
-CASES = {'lts-word': dict(), 'lts-trans': dict(n=2), 'filter': dict(), 'rmi': dict(), 'rrn': dict(text='kit'), 'dmn': dict(order='scan'),
-         'cmsa': dict(words='gru'), 'bcam': dict(encoder='lstm', sentence='last'), 'cmpc': dict(), 'lscm': dict(), 'mcn': dict(), 'cgan': dict(query='words')}
+# what is particular to drawing: every place for words, loops, recurrences, further inputs, boxes
+CASES = {'lts-word': dict(), 'lts-trans': dict(n=2), 'rmi': dict(), 'dmn': dict(order='scan'), 'bcam': dict(encoder='lstm', sentence='last'),
+         'lscm': dict(), 'mcn': dict()}
 
 
 @pytest.mark.parametrize('experiment', CASES)

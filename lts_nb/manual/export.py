@@ -40,7 +40,7 @@ def onnx_packages()->tuple: # the modules onnx and onnxruntime
                        f'{e.name} is missing', install) from e
     return onnx, onnxruntime
 
-# %% ../../nbs/manual/05_export.ipynb #15aa6b5f
+# %% ../../nbs/manual/05_export.ipynb #bcc62267
 @contextmanager
 def quiet():
     "No warnings and no log lines within; what went before comes back."
@@ -68,7 +68,13 @@ def draw(
 ):                    # torch.onnx.ONNXProgram: the graph, not yet in a file
     "A module as an ONNX graph, drawn while it runs on example inputs."
     onnx_packages()
-    shapes = None if dynamic is None else {k: dynamic.get(k, {}) for k in inputs}
+    shapes = None
+    if dynamic is not None:
+        asked = inspect.signature(module.forward).parameters.values()
+        n = sum(p.kind != p.VAR_POSITIONAL for p in asked)
+        sizes = [dynamic.get(name, {}) for name in inputs]
+        # what `*extra` takes is one tuple for torch
+        shapes = (*sizes[:n], tuple(sizes[n:])) if sizes[n:] else tuple(sizes)
     with quiet(), torch.no_grad():
         return torch.onnx.export(module, tuple(inputs.values()), input_names=list(inputs),
                                  output_names=list(outputs), dynamic_shapes=shapes,
