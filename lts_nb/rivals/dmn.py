@@ -187,7 +187,7 @@ def remember_across(
     # first as if every cell began with an empty memory
     alone = remember(f, g)
     # then what is still left, after each word, of the memory that its cell began with
-    left = f.cumprod(0)
+    left = remember(f, torch.zeros_like(g), torch.ones_like(g[0]))
     # a whole cell is one step of a walk over cells
     ends = prefix_scan(left[-1], alone[-1])
     begins = F.pad(ends[:, :-1], (0, 0, 1, 0))
