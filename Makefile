@@ -4,7 +4,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CORES ?= $(shell nproc 2>/dev/null || echo 2)
 SECONDS_A_NOTEBOOK ?= 300
 ARGS ?=
-BIN := .venv/bin
+
+# .venv, or a folder of its own for another Python: make test PYTHON=python3.12 leaves a .venv of 3.11 as it is
+VERSION_OF = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+ifneq ($(filter command environment,$(firstword $(origin PYTHON))),)
+  WANTED := $(call VERSION_OF,$(PYTHON))
+  $(if $(WANTED),,$(error $(PYTHON) cannot be run. Name a Python of this machine: make test PYTHON=/path/to/python3.12))
+  VENV := .venv$(if $(wildcard .venv/bin/python),$(if $(filter $(WANTED),$(call VERSION_OF,.venv/bin/python)),,-$(WANTED)))
+endif
+VENV ?= .venv
+BIN := $(VENV)/bin
 LESSONS = $(shell $(BIN)/python tools/parts.py)
 
 .PHONY: help setup lab reproduce test test-kill test-fuzz check lessons pytest export readme docs clean
@@ -13,11 +22,11 @@ LESSONS = $(shell $(BIN)/python tools/parts.py)
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/.stamp ## .venv with the pinned versions; does nothing when it is up to date
+setup: $(VENV)/.stamp ## .venv with the pinned versions; does nothing when it is up to date; of another Python: PYTHON=python3.12
 
-.venv/.stamp: pyproject.toml constraints.txt
+$(VENV)/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3.11")'
-	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -61,6 +70,6 @@ readme: setup ## README.md from nbs/index.ipynb
 docs: setup ## the reading site, in site/; with its search: .venv/bin/python -m http.server -d site
 	$(BIN)/mkdocs build --strict
 
-clean: ## remove what can be made again, except .venv, data/ and out/
+clean: ## remove what can be made again, except .venv*, data/ and out/
 	rm -rf build dist site _proc _docs .cache .pytest_cache .hypothesis *.egg-info
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

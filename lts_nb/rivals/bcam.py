@@ -70,7 +70,7 @@ class FourMaps(nn.Module):
         q,  # (B,d_text)
     ):      # four of (B,C,h,w)
         "The sentence's part is the same in all cells, so it is computed once."
-        place = coordinates(*V.shape[-2:], like=V).expand(len(V), -1, -1, -1)
+        place = coordinates(*V.shape[-2:], like=V).expand(V.shape[0], -1, -1, -1)
         both = self.cells(torch.cat([V, place], 1)) + self.sentence(q)[:, :, None, None]
         return both.relu().chunk(4, 1)
 
@@ -251,7 +251,7 @@ class Reader(nn.Module):
         self.reduce = nn.Identity() if own else glorot(nn.Linear(d_word, C, bias=False))
     def last(self, h, mask):
         "The state after all words: of both directions where there are two."
-        end = h[torch.arange(len(h), device=h.device), mask.sum(1) - 1]
+        end = h[torch.arange(h.shape[0], device=h.device), mask.sum(1) - 1]
         if self.cfg.encoder == 'lstm': return end
         # the backward half has read everything when it stands on the first word
         half = h.shape[2]//2

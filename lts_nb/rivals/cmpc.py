@@ -279,7 +279,7 @@ class Levels(nn.Module):
         q = sentence_of(words, entity + attribute, mask)
         # normalised after resizing, because that is where every cell shall have length 1
         maps = [unit(x) for x in self.laterals(features)[::-1]]
-        S = coordinates(*maps[0].shape[-2:], maps[0]).expand(len(q), -1, -1, -1)
+        S = coordinates(*maps[0].shape[-2:], maps[0]).expand(q.shape[0], -1, -1, -1)
         return [level(X, S, words, q, relation, mask) for level, X in zip(self.levels, maps)]
 
 # %% ../../nbs/rivals/12_cmpc.ipynb #95a03fa0

@@ -95,7 +95,8 @@ class ConvLSTM(GatedMemory):
     def step(self, gates, state):
         "(h, c) from what a map gives and from (h, c) of the step before, None at the first."
         if state is not None: return self.update(gates + self.h(state[0]), state[1])
-        return self.update(gates, gates.new_zeros(len(gates), self.width, *gates.shape[-2:]))
+        B, _, h, w = gates.shape
+        return self.update(gates, gates.new_zeros(B, self.width, h, w))
     def forward(self,
         maps,        # list of (B,c_in,h,w), or of coarser ones, which are copied up to the finest
         order=None,  # which map each step reads; None: each once, in turn

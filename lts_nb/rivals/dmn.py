@@ -156,7 +156,7 @@ def reading(
     cells:int,  # P
 ):              # (B,P) words and (B,P) cells, both counted from 0
     "Whose state stands at each place of the map R₅: of which word, and of which cell."
-    place = torch.arange(cells, device=lengths.device).expand(len(lengths), -1)
+    place = torch.arange(cells, device=lengths.device).expand(lengths.shape[0], -1)
     L = lengths[:, None]
     # per cell: the last word, in the place's own cell
     if order == 'pixel': return (L - 1).expand(-1, cells), place
@@ -187,7 +187,7 @@ def remember_across(
     # first as if every cell began with an empty memory
     alone = remember(f, g)
     # then what is still left, after each word, of the memory that its cell began with
-    left = f.cumprod(0)
+    left = remember(f, torch.zeros_like(g), torch.ones_like(g[0]))
     # a whole cell is one step of a walk over cells
     ends = prefix_scan(left[-1], alone[-1])
     begins = F.pad(ends[:, :-1], (0, 0, 1, 0))
@@ -249,7 +249,7 @@ class Synthesis(nn.Module):
         mask,  # (B,T) True at real words
     )->torch.Tensor: # (B,d_state,h,w): R₅
         "All words, in reading order, into the memory of every cell."
-        place = coordinates(*v.shape[-2:], like=v).expand(len(v), -1, -1, -1)
+        place = coordinates(*v.shape[-2:], like=v).expand(v.shape[0], -1, -1, -1)
         V = torch.cat([v, place], 1).flatten(2).transpose(1, 2)
         # Φ_t and F_t, then M_t and at once what the memory's first layer makes of it
         found = self.filters(V, r)
@@ -261,7 +261,7 @@ class Synthesis(nn.Module):
         # what a padded word does in its own cell is never read, so `pixel` needs no mask
         h = self.memory(M, remember if self.order == 'pixel' else across, product)
         word, cell = reading(self.order, mask.sum(1), V.shape[1])
-        batch = torch.arange(len(v), device=v.device)[:, None]
+        batch = torch.arange(v.shape[0], device=v.device)[:, None]
         return h[word, batch, cell].transpose(1, 2).unflatten(-1, v.shape[-2:])
 
 # %% ../../nbs/rivals/09_dmn.ipynb #0a7acebd

@@ -329,7 +329,7 @@ def answer(self:LSCM,
 )->Maps:
     "Everything behind the two encoders."
     grid = levels[-1].shape[-2:]
-    s = coordinates(*grid, like=levels[-1]).expand(len(q), -1, -1, -1)
+    s = coordinates(*grid, like=levels[-1]).expand(q.shape[0], -1, -1, -1)
     # each level by itself
     seen = [f(v, s, words, q, mask, heads) for f, v in zip(self.levels, levels)]
     # the levels meet in the memory of each cell

@@ -171,7 +171,7 @@ def best_box(
     "The most confident box of all cells and anchors, in single precision at least."
     boxes, t_o = decode(raw.to(torch.promote_types(raw.dtype, torch.float32)), anchors)
     score, at = t_o.flatten(1).max(1, keepdim=True)
-    box = boxes.flatten(1, 3)[torch.arange(len(raw), device=raw.device), at[:, 0]]
+    box = boxes.flatten(1, 3)[torch.arange(raw.shape[0], device=raw.device), at[:, 0]]
     return torch.cat([box, score], 1)
 
 # %% ../../nbs/rivals/14_mcn.ipynb #3e45adc2
@@ -289,7 +289,7 @@ class Agreement(nn.Module):
         for a, layer in ((a_mask, self.mask), (a_box, self.box)):
             # energies need single precision: thousands of cells share 1
             wide = torch.promote_types(a.dtype, torch.float32)
-            e = layer(a).to(wide).flatten(2).softmax(-1).view(len(a), 1, *a.shape[-2:])
+            e = layer(a).to(wide).flatten(2).softmax(-1).view(a.shape[0], 1, *a.shape[-2:])
             # Keras divides by no length below 1e-3
             middle.append((e*unit(a.to(wide), eps=1e-6)).sum((2, 3)))
             energies.append(e)

@@ -32,7 +32,7 @@ class SentenceOnce(nn.Module):
         lengths,  # (B,) real words of each sentence
     )->torch.Tensor: # (B,width,h,w)
         "The last state stands beside every cell."
-        last = words[torch.arange(len(words), device=words.device), lengths.to(words.device) - 1]
+        last = words[torch.arange(words.shape[0], device=words.device), lengths.to(words.device) - 1]
         copies = last[:, :, None, None].expand(-1, -1, *cells.shape[-2:])
         return self.hidden(torch.cat([cells, copies], 1)).relu()
 
@@ -170,7 +170,7 @@ class RMI(nn.Module):
         "What each cell believes after the last word (B,width,H/8,W/8)."
         # a cell shows what is in it and where it is
         v = self.visual([self.tail(features[0]), *features[1:]])
-        places = coordinates(*v.shape[-2:], like=v).expand(len(v), -1, -1, -1)
+        places = coordinates(*v.shape[-2:], like=v).expand(v.shape[0], -1, -1, -1)
         # a word brings itself and the sentence so far
         words, states, _ = self.reader(tokens, lengths)
         brings = [words, unit(states, -1)] if self.word_in else [unit(states, -1)]

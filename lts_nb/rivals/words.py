@@ -54,7 +54,7 @@ class ForwardLSTM(nn.Module):
         "Reads from left to right; what stands behind the last word cannot be seen from it."
         states = self.lstm(x)[0]*mask[..., None]
         last = mask.sum(1) - 1
-        return states, states[torch.arange(len(x), device=x.device), last]
+        return states, states[torch.arange(x.shape[0], device=x.device), last]
 
 # %% ../../nbs/rivals/02_words.ipynb #50d2d2c3
 class OneWayEncoder(nn.Module):
