@@ -6,10 +6,13 @@
 __all__ = ['FIRST_GUESS_MB', 'DAY', 'COMMANDS', 'FORMS', 'Job', 'Placed', 'pack', 'slots_folder', 'take_slot', 'run_on_slot',
            'devices_here', 'chosen_devices', 'known_memory', 'needs_of', 'critical_path', 'devices_table', 'jobs_of',
            'step_seconds', 'steps_of', 'describe_devices', 'plan_devices', 'profile_folder', 'read_profile',
-           'check_plugin', 'check_commands', 'job_prefix', 'slurm_arguments', 'recall_jobs', 'place_of']
+           'ask_cluster', 'check_plugin', 'own_commands', 'check_commands', 'job_prefix', 'slurm_arguments',
+           'recall_jobs', 'place_of']
 
-# %% ../../nbs/manual/04_machines.ipynb #a298c2a2
-import fcntl, heapq, importlib.util, json, os, re, shlex, shutil, subprocess, sys, tempfile, time
+# %% ../../nbs/manual/04_machines.ipynb #359a6c2f
+import fcntl, hashlib, heapq, importlib.util, json, os, re, shlex, shutil, subprocess, sys
+import tempfile, time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 from ..errors import KitError, unknown_name
@@ -284,9 +287,8 @@ def plan_devices(
     if not left: return 'All runs are done, so no further device would help.'
     return describe_devices(jobs_of(left, out, root), gpus, *steps_of(left[0], out), len(left))
 
-# %% ../../nbs/manual/04_machines.ipynb #52c9449b
-COMMANDS = dict(slurm=('sbatch', 'squeue', 'scancel', 'scontrol', 'srun'),
-                kubernetes=(), local=())
+# %% ../../nbs/manual/04_machines.ipynb #118215c3
+COMMANDS = {'slurm': ('sbatch', 'squeue', 'scancel', 'scontrol', 'srun'), 'cluster-generic': ()}
 FORMS = 'config.v9+.yaml', 'config.yaml' # as Snakemake looks for them
 
 def _config_of(folder):
@@ -321,7 +323,20 @@ def read_profile(
         raise KitError('the profile names no executor', file, 'Add a line such as executor: slurm')
     return settings
 
-# %% ../../nbs/manual/04_machines.ipynb #93921093
+# %% ../../nbs/manual/04_machines.ipynb #2b2fbd45
+def ask_cluster(
+    *command:str, # and its arguments
+)->str:           # its standard output
+    "What a cluster's command answers. KitError with its complaint where it fails."
+    try: done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    except subprocess.TimeoutExpired: complaint = 'no answer within 90 seconds'
+    else:
+        if not done.returncode: return done.stdout
+        complaint = (done.stderr.strip().splitlines() or ['no reason given'])[-1]
+    raise KitError(f'the cluster does not answer as it should: {complaint}', command[0],
+                   'Mend that, or ask those who run the cluster')
+
+# %% ../../nbs/manual/04_machines.ipynb #86fc7c4e
 def check_plugin(
     executor:str, # as a profile names it
 ):
@@ -334,40 +349,49 @@ def check_plugin(
     raise KitError(f"Snakemake's plugin for {executor} is not installed", name,
                    f'Install it: .venv/bin/pip install {what}')
 
+def own_commands(
+    settings:dict, # from `read_profile`
+    folder,        # the profile's
+)->dict:           # {setting: command}, with whole paths
+    "The commands of a profile that are files of its folder."
+    found = {}
+    for key, value in settings.items():
+        if not key.endswith('-cmd') or not isinstance(value, str): continue
+        first, _, rest = value.partition(' ')
+        file = Path(folder)/first
+        # the command that cancels is called without a shell, so it is not quoted for one
+        path = str(file) if key.endswith('cancel-cmd') else shlex.quote(str(file))
+        if file.is_file(): found[key] = ' '.join(filter(None, [path, rest]))
+    return found
+
 def check_commands(
     settings:dict, # from `read_profile`
+    folder,        # the profile's
 ):
-    "KitError where a command that the cluster is spoken to with is not installed."
-    needed = list(COMMANDS.get(settings['executor'], ()))
+    "KitError where a command that the cluster is spoken to with is not installed, or refuses."
+    needed, own = list(COMMANDS.get(settings['executor'], ())), own_commands(settings, folder)
     for key, value in settings.items():
-        if key.endswith('-cmd') and isinstance(value, str): needed.append(shlex.split(value)[0])
+        if key.endswith('-cmd') and key not in own: needed.append(shlex.split(str(value))[0])
     missing = [c for c in needed if not shutil.which(c)]
     if missing:
         raise KitError(f'the command {missing[0]} is not installed on this machine', '--profile',
                        f"Run this where {settings['executor']} jobs are submitted, on a login node")
+    check = Path(folder)/'check'
+    if check.is_file(): ask_cluster(str(check))
 
-# %% ../../nbs/manual/04_machines.ipynb #2f1adec1
+# %% ../../nbs/manual/04_machines.ipynb #ac5c13f2
 def job_prefix(
     out, # the report's folder
 )->str:
     "What the names of a report's jobs begin with on a cluster."
-    import hashlib
     return 'lts-' + hashlib.sha256(str(out).encode()).hexdigest()[:10]
-
-def _ask(*command):
-    "What a cluster's command answers. KitError with its complaint where it fails."
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    if not done.returncode: return done.stdout
-    complaint = (done.stderr.strip().splitlines() or ['no reason given'])[-1]
-    raise KitError(f'the cluster does not answer: {complaint}', command[0],
-                   'Look at sinfo, or ask those who run the cluster')
 
 def slurm_arguments(
     settings:dict, # from `read_profile`
     out,           # the report's folder
 )->list:           # for Snakemake
     "What the profile cannot know: how jobs are named, and which command tells their state."
-    arguments, here = ['--slurm-jobname-prefix', job_prefix(out)], _ask('scontrol', 'show', 'config')
+    arguments, here = ['--slurm-jobname-prefix', job_prefix(out)], ask_cluster('scontrol', 'show', 'config')
     stored = re.search(r'^AccountingStorageType\s*=\s*(\S+)', here, re.M)
     no_base = stored is None or stored[1] in ('(null)', 'accounting_storage/none')
     if no_base and 'slurm-status-command' not in settings:
@@ -379,24 +403,27 @@ def recall_jobs(
     patience:float=60., # seconds until they must be gone
 ):
     "Take back the SLURM jobs of an attempt that was lost with its machine."
-    def left(): return [line.split()[0] for line in _ask('squeue', '-h', '-o', '%i %j').splitlines()
-                        if line.split()[1].startswith(job_prefix(out))]
+    def left():
+        jobs = [l.split(' ', 1) for l in ask_cluster('squeue', '-h', '-o', '%i %j').splitlines()]
+        return [job for job, name in jobs if name.startswith(job_prefix(out))]
     if not (jobs := left()): return
     print(f'{len(jobs)} jobs of an earlier attempt are still on the cluster; they are taken back, '
           'and go on from their checkpoints.', flush=True)
-    _ask('scancel', *jobs)
+    ask_cluster('scancel', *jobs)
     ends = time.monotonic() + patience
     while left() and time.monotonic() < ends: time.sleep(1)
 
-# %% ../../nbs/manual/04_machines.ipynb #40c9138e
+# %% ../../nbs/manual/04_machines.ipynb #8105a021
 def _on_cluster(profile, out, kit):
     "The Place of a profile, once all that it needs is there."
     from lts_nb.manual.batch import Place
     folder = profile_folder(profile, kit)
     settings = read_profile(folder)
     check_plugin(settings['executor'])
-    check_commands(settings)
-    arguments, before = ['--profile', str(folder)], None
+    check_commands(settings, folder)
+    arguments, before, recall = ['--profile', str(folder)], None, folder/'recall'
+    for key, command in own_commands(settings, folder).items(): arguments += [f'--{key}', command]
+    if recall.is_file(): before = partial(ask_cluster, str(recall))
     if settings['executor'] == 'slurm':
         arguments += slurm_arguments(settings, out)
         before = recall_jobs
