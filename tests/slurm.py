@@ -163,7 +163,7 @@ def local(tmp_path_factory):
     return base
 
 
-def until(there, process, seconds=240):
+def until(there, process, seconds=900):
     "What `there` finds, looked for often; the command must still be at work."
     ends = time.time() + seconds
     while not (found := there()):
@@ -172,10 +172,20 @@ def until(there, process, seconds=240):
     return found
 
 
-def begin(slurm, out, root):
-    env = slurm.env | {'PYTHONPATH': os.pathsep.join(sys.path)}
-    return subprocess.Popen(command(out, root, '--profile', 'slurm'), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True)
+@pytest.fixture
+def begin(slurm):
+    "A function that starts the command; what still runs at the end of the test is ended."
+    begun = []
+    def start(out, root):
+        env = slurm.env | {'PYTHONPATH': os.pathsep.join(sys.path)}
+        begun.append(subprocess.Popen(command(out, root, '--profile', 'slurm'), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                      start_new_session=True))
+        return begun[-1]
+    yield start
+    for p in begun:
+        if p.poll() is None: p.send_signal(signal.SIGINT)
+        try: p.wait(60)
+        except subprocess.TimeoutExpired: p.kill()
 
 
 def in_its_midst(slurm, out, others=()):
@@ -208,10 +218,10 @@ def test_what_is_asked_for(slurm, tmp_path, monkeypatch):
             if together: assert found[a]['CUDA_VISIBLE_DEVICES'] != found[b]['CUDA_VISIBLE_DEVICES']
 
 
-def test_killed_jobs_go_on_to_the_same_bytes(slurm, local, tmp_path):
+def test_killed_jobs_go_on_to_the_same_bytes(slurm, local, begin, tmp_path):
     out, root = tmp_path/'out', tmp_path/'data'
     # `lts` is killed: its jobs are taken back from the cluster
-    process = begin(slurm, out, root)
+    process = begin(out, root)
     run, job = until(lambda: in_its_midst(slurm, out), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -219,13 +229,13 @@ def test_killed_jobs_go_on_to_the_same_bytes(slurm, local, tmp_path):
     assert not (out/'runs'/run/'result.json').exists()
     assert (out/'runs'/run/'checkpoint.pt').stat().st_size, 'what was done is kept'
     # it goes on; one job is sent back to the queue, another is cancelled
-    process = begin(slurm, out, root)
+    process = begin(out, root)
     requeued, job = until(lambda: in_its_midst(slurm, out), process)
     slurm.ask('scontrol', 'requeue', job)
     cancelled, gone = until(lambda: in_its_midst(slurm, out, [requeued, run]), process)
     slurm.ask('scancel', gone)
     print(f'taken back: {run}, requeued: {requeued}, cancelled: {cancelled}')
-    said, _ = process.communicate(timeout=900)
+    said, _ = process.communicate(timeout=3600)
     assert process.returncode == 0, said + (out/'snakemake.log').read_text()[-3000:]
     assert 'Restarts=1' in slurm.ask('scontrol', 'show', 'job', job), 'SLURM itself started it again'
     assert 'Trying to restart job' in (out/'snakemake.log').read_text(), 'Snakemake submitted the cancelled one again'

@@ -57,6 +57,7 @@ UpTo = Annotated[Optional[int], typer.Option(
 Profile = Annotated[Optional[str], typer.Option(
     metavar='NAME|DIR', help="Compute on a cluster: slurm, k8s, or a Snakemake profile's folder.")]
 
+# %% ../../nbs/manual/05_cli.ipynb #71606e02
 def _cells(table, method, all_cells):
     "What the options ask for."
     from lts_nb.evidence.experiments import Cells, as_cells

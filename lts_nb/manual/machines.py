@@ -287,7 +287,7 @@ def plan_devices(
     if not left: return 'All runs are done, so no further device would help.'
     return describe_devices(jobs_of(left, out, root), gpus, *steps_of(left[0], out), len(left))
 
-# %% ../../nbs/manual/04_machines.ipynb #118215c3
+# %% ../../nbs/manual/04_machines.ipynb #01ff969a
 COMMANDS = {'slurm': ('sbatch', 'squeue', 'scancel', 'scontrol', 'srun'), 'cluster-generic': ()}
 FORMS = 'config.v9+.yaml', 'config.yaml' # as Snakemake looks for them
 
@@ -310,6 +310,7 @@ def profile_folder(
                        'Copy profiles/slurm and change it')
     return Path(name).resolve()
 
+# %% ../../nbs/manual/04_machines.ipynb #f1475322
 def read_profile(
     folder, # from `profile_folder`
 )->dict:    # Snakemake's settings
@@ -323,7 +324,7 @@ def read_profile(
         raise KitError('the profile names no executor', file, 'Add a line such as executor: slurm')
     return settings
 
-# %% ../../nbs/manual/04_machines.ipynb #2b2fbd45
+# %% ../../nbs/manual/04_machines.ipynb #7bcc6c66
 def ask_cluster(
     *command:str, # and its arguments
 )->str:           # its standard output
@@ -336,7 +337,7 @@ def ask_cluster(
     raise KitError(f'the cluster does not answer as it should: {complaint}', command[0],
                    'Mend that, or ask those who run the cluster')
 
-# %% ../../nbs/manual/04_machines.ipynb #86fc7c4e
+# %% ../../nbs/manual/04_machines.ipynb #e5fb7087
 def check_plugin(
     executor:str, # as a profile names it
 ):
@@ -364,6 +365,7 @@ def own_commands(
         if file.is_file(): found[key] = ' '.join(filter(None, [path, rest]))
     return found
 
+# %% ../../nbs/manual/04_machines.ipynb #719a2744
 def check_commands(
     settings:dict, # from `read_profile`
     folder,        # the profile's
@@ -379,7 +381,7 @@ def check_commands(
     check = Path(folder)/'check'
     if check.is_file(): ask_cluster(str(check))
 
-# %% ../../nbs/manual/04_machines.ipynb #ac5c13f2
+# %% ../../nbs/manual/04_machines.ipynb #c24c1415
 def job_prefix(
     out, # the report's folder
 )->str:
@@ -391,7 +393,8 @@ def slurm_arguments(
     out,           # the report's folder
 )->list:           # for Snakemake
     "What the profile cannot know: how jobs are named, and which command tells their state."
-    arguments, here = ['--slurm-jobname-prefix', job_prefix(out)], ask_cluster('scontrol', 'show', 'config')
+    arguments = ['--slurm-jobname-prefix', job_prefix(out)]
+    here = ask_cluster('scontrol', 'show', 'config')
     stored = re.search(r'^AccountingStorageType\s*=\s*(\S+)', here, re.M)
     no_base = stored is None or stored[1] in ('(null)', 'accounting_storage/none')
     if no_base and 'slurm-status-command' not in settings:
@@ -413,7 +416,7 @@ def recall_jobs(
     ends = time.monotonic() + patience
     while left() and time.monotonic() < ends: time.sleep(1)
 
-# %% ../../nbs/manual/04_machines.ipynb #8105a021
+# %% ../../nbs/manual/04_machines.ipynb #1843cc85
 def _on_cluster(profile, out, kit):
     "The Place of a profile, once all that it needs is there."
     from lts_nb.manual.batch import Place
@@ -431,6 +434,7 @@ def _on_cluster(profile, out, kit):
     return Place(arguments=tuple(arguments), cluster=True, before=before,
                  jobs=jobs if isinstance(jobs, int) else 100)
 
+# %% ../../nbs/manual/04_machines.ipynb #b5ba9cd5
 def place_of(
     preset:str,           # smoke, cpu, gpu or paper
     wanted=None,          # Cells, table numbers, or None: all tables of the paper
@@ -447,7 +451,8 @@ def place_of(
     if gpus and profile:
         raise KitError('a profile and --gpus exclude each other', '--gpus',
                        "A cluster hands out its devices itself: leave --gpus out")
-    out, threads = Path(out or default_out(preset)).resolve(), preset_of(preset)['compute']['threads']
+    out, threads = Path(out or default_out(preset)), preset_of(preset)['compute']['threads']
+    out = out.resolve()
     runs = runs_for(preset, wanted, seeds, pretrain)
     needs = needs_of(runs, out, Path(root or default_root(preset)))
     if profile:
