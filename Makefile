@@ -16,7 +16,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LESSONS = $(shell $(BIN)/python tools/parts.py)
 
-.PHONY: help setup lab reproduce test test-kill test-fuzz check lessons pytest export readme docs clean
+.PHONY: help setup lab reproduce test test-kill test-fuzz test-slurm check lessons pytest export readme docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,6 +44,9 @@ test-kill: setup ## kill `lts reproduce` at 30 random moments, fill its disk, st
 
 test-fuzz: setup ## damaged and hostile files, ten times as many as in make test
 	FUZZ=10 $(BIN)/pytest tests/test_fuzz.py
+
+test-slurm: setup ## a suite on a SLURM that is started for it (apt-get install slurm-wlm munge; pip install -e '.[cluster]'): ten minutes
+	$(BIN)/pytest tests/slurm.py
 
 check: setup ## does what is generated (lts_nb/, README.md) agree with the notebooks, and are they clean?
 	$(BIN)/pytest tests/test_clean.py

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['KIT', 'default_out', 'default_root', 'committed', 'make_plan', 'run_state', 'known_seconds', 'run_seconds',
-           'at_a_time', 'plan', 'describe_plan', 'describe_run', 'missing_inputs', 'seconds_left', 'failure_of',
-           'release_features', 'reproduce', 'make_report']
+           'at_a_time', 'plan', 'describe_plan', 'describe_run', 'missing_inputs', 'Place', 'seconds_left',
+           'failure_of', 'release_features', 'reproduce', 'make_report']
 
 # %% ../../nbs/manual/03_batch.ipynb #cf6fe094
 import json, os, re, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Callable, NamedTuple, Optional
 import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
@@ -263,25 +264,38 @@ def _open_folder(out):
     return lock
 
 # %% ../../nbs/manual/03_batch.ipynb #708fadc5
-def _command(out, cores, *config):
+class Place(NamedTuple):
+    "Where runs are computed; as it stands, on this machine's processors or its one GPU."
+    arguments: tuple = ()        # further ones for Snakemake
+    devices: tuple = ()          # of this machine, one for each run that is under way
+    cluster: bool = False        # another scheduler decides how many runs are under way
+    plan: dict = {}              # further entries of the plan: needs, devices, cores
+    jobs: Optional[int] = None   # runs at a time; None: as many as the processors allow
+    cores: Optional[int] = None  # processors to count with, where a user names none
+    before: Optional[Callable] = None # called with the report's folder once it is ours
+
+def _command(out, cores, *config, place=Place()):
+    gpus = len(place.devices) or 1
+    limits = [] if place.cluster else ['--cores', str(cores), '--resources', f'gpu={gpus}']
     return [sys.executable, '-m', 'snakemake', '-s', str(KIT/'workflow'/'Snakefile'), '--directory',
-            str(out), '--config', f'plan={out}/plan.json', *config,
-            '--cores', str(cores), '--resources', 'gpu=1', '--keep-going', '--rerun-incomplete',
-            '--nolock', '--scheduler', 'greedy', '--quiet', 'rules']
+            str(out), '--config', f'plan={out}/plan.json', *config, *limits, '--keep-going',
+            '--rerun-incomplete', '--nolock', '--scheduler', 'greedy', '--quiet', 'rules',
+            *place.arguments]
 
 # %% ../../nbs/manual/03_batch.ipynb #93d3fe98
-def _snakemake(out, plan, runs, cores):
+def _snakemake(out, plan, runs, cores, place=Place()):
     "Run Snakemake with a progress bar; returns when it has ended. Ctrl-C ends it and its jobs."
     begun, known = time.time(), run_seconds(runs, out, plan['root'])
     results = {r.run: out/'runs'/r.run/'result.json' for r in runs}
     hashes = method_hashes(runs)
     todo = {r.run: known[r.run] for r in runs if run_state(r, out, hashes[r.method])[0] != 'done'}
+    tied = 'tied=cluster' if place.cluster else 'tied=1'
+    jobs = place.jobs or at_a_time(plan['preset'], cores)
     with open(out/'snakemake.log', 'w') as log:
-        process = subprocess.Popen(_command(out, cores, 'tied=1'), stdin=subprocess.PIPE,
+        process = subprocess.Popen(_command(out, cores, tied, place=place), stdin=subprocess.PIPE,
                                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            with terminate_as_interrupt():
-                _watch(process, results, begun, out, todo, at_a_time(plan['preset'], cores))
+            with terminate_as_interrupt(): _watch(process, results, begun, out, todo, jobs)
         except BaseException:
             os.killpg(process.pid, signal.SIGINT)
             try: process.wait(30)
@@ -357,8 +371,10 @@ def _last_error(notebook, log):
 def _say_failures(out, failed, shared):
     "Name every run that failed and where to look."
     for run in failed:
-        print(f"FAILED {run}: {failure_of(out, run)}\n       see {out/'runs'/run/'train.ipynb'}",
-              flush=True)
+        see = out/'runs'/run/'train.ipynb'
+        # a run that a cluster refused has none
+        if not see.exists(): see = out/'snakemake.log'
+        print(f'FAILED {run}: {failure_of(out, run)}\n       see {see}', flush=True)
     if shared: print(f'FAILED before any run: see {shared}', flush=True)
 
 # %% ../../nbs/manual/03_batch.ipynb #45f5cb39
@@ -398,6 +414,7 @@ def reproduce(
     out=None,            # the report's folder; None: the preset's
     root=None,           # the data's folder; None: the preset's
     pretrain:bool=False, # make the backbone here, even where the kit ships one
+    place:Place=Place(), # where runs are computed
 )->int: # exit status: 0, or 1 where a run failed
     "Bring all runs of some tables up to date and write their report."
     out = Path(out or default_out(preset)).resolve()
@@ -408,9 +425,10 @@ def reproduce(
                        mend='data/README.md says what each of them is, and whose')
     lock = _open_folder(out)
     try:
-        the_plan = make_plan(runs, wanted, seeds, out, root)
+        if place.before: place.before(out)
+        the_plan = make_plan(runs, wanted, seeds, out, root) | place.plan
         write_text(out/'plan.json', json.dumps(the_plan, indent=1, sort_keys=True))
-        _snakemake(out, the_plan, runs, cores or os.cpu_count() or 1)
+        _snakemake(out, the_plan, runs, cores or place.cores or os.cpu_count() or 1, place)
         failed = [r.run for r in runs if not (out/'runs'/r.run/'result.json').exists()]
         shared = _shared_failure(out, the_plan) if failed else None
         write_text(out/'failed.json', json.dumps(failed))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Preset', 'Tables', 'Methods', 'AllCells', 'Seeds', 'Cores', 'Out', 'Root', 'Pretrain', 'Data',
-           'By', 'Measure', 'Show', 'RunFolder', 'reproduce', 'plan', 'report', 'compare', 'data_make', 'data_fetch',
-           'data_leakage', 'data_check', 'evaluate', 'score', 'predict', 'export', 'main']
+           'By', 'Measure', 'Show', 'Devices', 'UpTo', 'Profile', 'RunFolder', 'reproduce', 'plan', 'report', 'compare',
+           'data_make', 'data_fetch', 'data_leakage', 'data_check', 'evaluate', 'score', 'predict', 'export', 'main']
 
 # %% ../../nbs/manual/07_cli.ipynb #aa1ea313
 import errno, json, os, sys
@@ -50,6 +50,14 @@ Measure = Annotated[bool, typer.Option(
 Show = Annotated[Optional[str], typer.Option(
     metavar='RUN', help="Print a run's configuration and nothing else.")]
 
+Devices = Annotated[Optional[int], typer.Option(
+    min=1, help="GPUs of this machine to pack runs on; one where not given.")]
+UpTo = Annotated[Optional[int], typer.Option(
+    '--gpus', min=1, help='Show how long it takes on 1, 2, 4, … up to this many devices.')]
+Profile = Annotated[Optional[str], typer.Option(
+    metavar='NAME|DIR', help="Compute on a cluster: slurm, k8s, or a Snakemake profile's folder.")]
+
+# %% ../../nbs/manual/07_cli.ipynb #71606e02
 def _cells(table, method, all_cells):
     "What the options ask for."
     from lts_nb.evidence.experiments import Cells, as_cells
@@ -58,17 +66,21 @@ def _cells(table, method, all_cells):
 @app.command()
 def reproduce(preset:Preset='cpu', table:Tables=None, method:Methods=None,
               all_cells:AllCells=False, seeds:Seeds=1, cores:Cores=None, out:Out=None,
-              root:Root=None, pretrain:Pretrain=False):
+              root:Root=None, pretrain:Pretrain=False, gpus:Devices=None,
+              profile:Profile=None):
     """Make tables, figures and the report.
     Every run that the tables need is brought up to date first."""
     from lts_nb.manual.batch import reproduce
-    wanted = _cells(table, method, all_cells)
-    raise typer.Exit(reproduce(preset, wanted, seeds, cores, out, root, pretrain))
+    wanted, places = _cells(table, method, all_cells), []
+    if gpus or profile:
+        from lts_nb.manual.machines import place_of
+        places = [place_of(preset, wanted, seeds, out, root, pretrain, gpus, profile)]
+    raise typer.Exit(reproduce(preset, wanted, seeds, cores, out, root, pretrain, *places))
 
 @app.command()
 def plan(preset:Preset='cpu', table:Tables=None, method:Methods=None, all_cells:AllCells=False,
          seeds:Seeds=1, cores:Cores=None, out:Out=None, root:Root=None, pretrain:Pretrain=False,
-         measured:Measure=False, show:Show=None):
+         measured:Measure=False, show:Show=None, gpus:UpTo=None):
     """Show each run, its state and the time left, and what is missing with the command that
     gets it. Runs nothing."""
     from lts_nb.manual.batch import default_out, describe_plan, describe_run
@@ -78,6 +90,9 @@ def plan(preset:Preset='cpu', table:Tables=None, method:Methods=None, all_cells:
         from lts_nb.manual.throughput import keep_rates, measure
         keep_rates(out or default_out(preset), measure(preset))
     typer.echo(describe_plan(preset, wanted, seeds, cores, out, root, pretrain))
+    if gpus:
+        from lts_nb.manual.machines import plan_devices
+        typer.echo(plan_devices(preset, gpus, wanted, seeds, out, root, pretrain))
 
 # %% ../../nbs/manual/07_cli.ipynb #044d5b60
 @app.command()
