@@ -60,6 +60,7 @@ def reason_of(
     said = next((line for line in str(error).splitlines() if line.strip()), '')
     return f'{type(error).__name__}: {said.strip()[:160]}'
 
+# %% ../../nbs/manual/05_export.ipynb #30ac2707
 def draw(
     module:nn.Module, # in evaluation mode
     inputs:dict,      # name -> example tensor, in the order of `forward`
@@ -186,6 +187,7 @@ def answers(
     prior = method.prior(out)
     return (mask,) if prior is None else (mask, prior.sigmoid())
 
+# %% ../../nbs/manual/05_export.ipynb #fa72ee90
 class Graph(nn.Module):
     "A run as one module: the letterboxed picture and word numbers in, probability maps out."
     def __init__(self,
@@ -252,6 +254,7 @@ def describe(
                 stretch=run.stretch, max_len=c.data.max_len, threshold=run.threshold,
                 inputs=list(inputs), outputs=list(outputs), words=list(run.vocab.words))
 
+# %% ../../nbs/manual/05_export.ipynb #2b49ab5e
 def graph_of(
     run,          # from `load_run`, on the CPU
 ):                # torch.onnx.ONNXProgram
@@ -290,6 +293,7 @@ def open_session(
     except Exception as e:  # onnxruntime has no common class of errors
         raise KitError('onnxruntime cannot open the file', path, 'Write it again: lts export') from e
 
+# %% ../../nbs/manual/05_export.ipynb #ada1b527
 @torch.inference_mode()
 def by_torch(
     run,         # from `load_run`, on the CPU
