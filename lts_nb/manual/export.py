@@ -402,7 +402,8 @@ _TAIL = '''if __name__ == '__main__':
     file, picture, expression, out = sys.argv[1:]
     session = onnxruntime.InferenceSession(file)
     pixels = np.asarray(PIL.Image.open(picture).convert('RGB'))
-    mask, _ = segment(session, pixels, expression)
+    try: mask, _ = segment(session, pixels, expression)
+    except ValueError as e: sys.exit(str(e))
     PIL.Image.fromarray(mask.astype(np.uint8)*255).save(out, format='PNG')
 '''
 
