@@ -16,7 +16,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LESSONS = $(shell $(BIN)/python tools/parts.py)
 
-.PHONY: help setup lab reproduce test test-kill test-fuzz test-slurm check lessons pytest export readme docs clean
+.PHONY: bench help setup lab reproduce test test-kill test-fuzz test-slurm check lessons pytest export readme docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -50,6 +50,9 @@ test-slurm: setup ## a suite on a SLURM that is started for it (apt-get install 
 
 check: setup ## does what is generated (lts_nb/, README.md) agree with the notebooks, and are they clean?
 	$(BIN)/pytest tests/test_clean.py
+
+bench: setup ## measure start, data, training step and scoring on this machine: make bench ARGS="--name my-machine"
+	$(BIN)/python tools/bench.py $(ARGS)
 
 lessons: setup ## run every notebook's cells, one thread each, with a time limit
 	@mkdir -p build
