@@ -305,3 +305,12 @@ def test_code_is_copied_as_it_stands(address, ask):
       return [code.textContent, byHand, byButton] })()"""
     source, by_hand, by_button = ask(f'{address}/model/03_fusion.html', script)
     assert by_hand.rstrip() == source.rstrip() and by_button.rstrip() == source.rstrip() and source.count('\n') > 2
+
+
+def test_the_readmes_picture_is_where_its_command_puts_it():
+    from lts_nb.data.shapes import Recipe
+    from lts_nb.manual.batch import KIT, default_root
+    picture = re.search(r'--image (\S+)', (ROOT/'README.md').read_text()).group(1)
+    assert Path(picture).parent == default_root('cpu').relative_to(KIT)/'images'/'refshapes'
+    of_all = sum(getattr(Recipe(), split) for split in ('train', 'val', 'testA', 'testB'))
+    assert int(Path(picture).stem.rpartition('_')[2]) <= of_all
