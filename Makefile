@@ -20,7 +20,7 @@ LESSONS = $(shell $(BIN)/python tools/parts.py)
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.stamp ## .venv with the pinned versions; does nothing when it is up to date; of another Python: PYTHON=python3.12
 
