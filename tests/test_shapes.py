@@ -1,11 +1,13 @@
 "RefShapes on disk: the same bytes for a seed, and every sentence means one object, as judged by an evaluator of its own."
 import hashlib, json, math, pickle, re, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
 import pytest
 from pycocotools import mask as coco_mask
 
+from lts_nb.data import shapes
 from lts_nb.data.refer import Refer
 from lts_nb.data.shapes import FAMILY, Recipe, fingerprint, make_family, make_image
 
@@ -251,3 +253,11 @@ def test_the_fingerprint_sees_one_changed_pixel(tmp_path):
     pixels[0, 0, 0] ^= 1
     PIL.Image.fromarray(pixels).save(path)
     assert fingerprint(refer, pixels=True) != before
+
+
+def test_two_processes_that_want_a_family_make_it_once(tmp_path, monkeypatch):
+    made, write = [], shapes._write_sets
+    monkeypatch.setattr(shapes, '_write_sets', lambda *a: made.append(1) or write(*a))
+    recipe = Recipe(seed=0, train=2, val=1, testA=1, testB=1)
+    with ThreadPoolExecutor() as pool: prints = list(pool.map(lambda _: make_family(tmp_path, recipe), range(3)))
+    assert len(made) == 1 and prints[0] == prints[1] == prints[2]

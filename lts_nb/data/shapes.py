@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np
+from filelock import FileLock
 from PIL import Image as PILImage
 from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
@@ -530,8 +531,14 @@ def make_family(
     folder = root/'images'/'refshapes'
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise disk_error(e, root) from e
-    prints = _write_sets(root, _run_jobs(list(_jobs(recipe, str(folder))), workers))
-    write_text(root/'refshapes.json', json.dumps(dict(recipe=want, fingerprints=prints), indent=1))
+    lock = root/'.making.lock'
+    with FileLock(lock):
+        # the second of two processes has waited, and finds it there
+        if read_manifest(root): return make_family(root, recipe, workers)
+        prints = _write_sets(root, _run_jobs(list(_jobs(recipe, str(folder))), workers))
+        made = dict(recipe=want, fingerprints=prints)
+        write_text(root/'refshapes.json', json.dumps(made, indent=1))
+        lock.unlink(missing_ok=True)  # whoever comes now finds the family
     return prints
 
 # %% ../../nbs/data/02_shapes.ipynb #68ce07ab

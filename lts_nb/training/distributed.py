@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import gather_object, synchronize_rng_states
 from fastcore.basics import patch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.std import tqdm
@@ -252,9 +252,8 @@ def check_processes(
 
 def _make_ready(config, root, out):
     "Data and backbone, made by the first process that comes."
-    Path(root).mkdir(parents=True, exist_ok=True)
     with apart():
-        with FileLock(Path(root)/'.making.lock'): ensure_data(config, root)
+        ensure_data(config, root)
         ensure_backbone(config, root, out)
 
 @contextmanager
