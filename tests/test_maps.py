@@ -57,10 +57,7 @@ def real():
     model.language.register_forward_hook(writes_text)
     with torch.inference_mode(), patch.object(fusion, 'upsample_to', upsample_to):
         # the equations as they stand: the model itself keeps F_m3 in two halves
-        words, f_text, mask = model.language(torch.full((1, WORDS), 2), torch.tensor([WORDS]))
-        v1, v2, v3 = frozen(image)
-        F_m3 = model.fusion(model.tail(v1), v2, v3, f_text)
-        model.segment(F_m3, model.locate(F_m3, words, f_text, mask))
+        model.by_equations(frozen(image), torch.full((1, WORDS), 2), torch.tensor([WORDS]))
     seen['F_m1'], seen['F_m2'] = map(as_text, upsampled)
     return seen
 

@@ -12,7 +12,7 @@ from lts_nb.data.refer import Refer, load_refs
 from lts_nb.data.text import build_vocab
 from lts_nb.errors import KitError
 from lts_nb.evidence.experiments import run_config
-from lts_nb.model.lts import LTS, LTSConfig, LTSOutput
+from lts_nb.model.lts import LTS, LTSConfig
 from lts_nb.training.config import method_of
 from lts_nb.training.scoring import by_picture, evaluate, kept_arrays
 
@@ -35,15 +35,6 @@ def built(switches, side=64):
     return model, features, tokens, lengths
 
 
-def plain_pass(model, features, tokens, lengths):
-    "The equations on whole maps."
-    words, f_text, mask = model.language(tokens, lengths)
-    F_m3 = model.fusion(model.tail(features[0]), features[1], features[2], f_text)
-    H = None if model.locate is None else model.locate(F_m3, words, f_text, mask)
-    if model.segment is not None: return LTSOutput(H, model.segment(F_m3, H))
-    return LTSOutput(H, model.plain(F_m3) if H is None else H)
-
-
 @pytest.mark.parametrize('side', [64, 96])
 @pytest.mark.parametrize('form', FORMS)
 def test_two_halves_are_the_equations(form, side):
@@ -51,7 +42,7 @@ def test_two_halves_are_the_equations(form, side):
     weights = torch.randn_like(model.eval()(*batch).mask)
     grads, outs = [], []
     for mode in (True, False):
-        for path in (model, lambda *b: plain_pass(model, *b)):
+        for path in (model, model.by_equations):
             model.train(mode).zero_grad()
             state = {k: v.clone() for k, v in model.state_dict().items()}
             out = path(*batch)
@@ -72,7 +63,7 @@ def test_a_picture_looked_at_once_serves_all_its_sentences(form):
     with torch.no_grad():
         looked = [m[of_picture] for m in model.look([f[:2] for f in features])]
         shared = model.answer(looked, tokens, lengths)
-        plain = plain_pass(model, [f[of_picture] for f in features], tokens, lengths)
+        plain = model.by_equations([f[of_picture] for f in features], tokens, lengths)
     torch.testing.assert_close(shared.mask, plain.mask, rtol=0, atol=1e-11)
 
 

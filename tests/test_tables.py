@@ -184,7 +184,7 @@ def test_the_search_for_rates_is_a_table_of_its_own(tmp_path):
     for config in runs_for('dev', ['rates']): fake_run(tmp_path, config)
     frame = report.write_report(tmp_path, 'dev', ['rates'])['tables']['rates']
     assert len(frame) == 10*len(RATES) and frame.ours.notna().all() and frame.paper.isna().all()
-    best = tables.best_rates(frame)
+    best = tables.best_rates(tables.rates_grid(frame))
     for method in ('lts', 'mcn'):
         of = frame[frame.row.str.startswith(method + ' ')]
         assert f'{best[method]:g}' == of.row[of.ours.idxmax()].split()[1]

@@ -27,7 +27,6 @@ from lts_nb.data.refer import Refer
 from lts_nb.data.shapes import Recipe, make_family
 from lts_nb.evidence.experiments import RIVALS, preset_of, run_config
 from lts_nb.model.darknet import Darknet53, fold_batch_norm
-from lts_nb.model.lts import LTSOutput
 from lts_nb.model.method import count_flops
 from lts_nb.training.config import method_of
 from lts_nb.training.run import environment, peak_memory_mb
@@ -102,10 +101,7 @@ def network(name, preset):
 
 def plain_pass(model, features, batch):
     "LTS as the equations stand: whole maps, and every layer where the paper has it."
-    words, f_text, mask = model.language(batch['tokens'], batch['lengths'])
-    F_m3 = model.fusion(model.tail(features[0]), features[1], features[2], f_text)
-    H = None if model.locate is None else model.locate(F_m3, words, f_text, mask)
-    return LTSOutput(H, model.segment(F_m3, H))
+    return model.by_equations(features, batch['tokens'], batch['lengths'])
 
 
 def step_of(method, cfg, model, forward, features, batch):

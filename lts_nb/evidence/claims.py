@@ -244,9 +244,8 @@ def _step_name(better, than): return f'{better} − {than}' if than else better
 
 def _experiments(claim, role):
     "{row: experiment} of a claim's table and data set, for the rows that the kit can run."
-    r = rows()
-    r = r[(r.table == claim.table) & (r.dataset == role)]
-    return r.drop_duplicates('row').set_index('row').experiment.to_dict()
+    r = rows([claim.table])
+    return r[r.dataset == role].drop_duplicates('row').set_index('row').experiment.to_dict()
 
 # %% ../../nbs/evidence/05_claims.ipynb #15dfd25b
 def effects_frame(

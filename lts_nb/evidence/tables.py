@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'metric_names', 'seg_pairs', 'load_arrays', 'load_results', 'finishes_of', 'results_frame', 'write_csv',
            'Totals', 'image_totals', 'metrics_of', 'bootstrap_interval', 'intervals_frame', 'load_samples',
            'paper_table', 'table_blocks', 'table_markdown', 'tex_escape', 'table_latex', 'write_table',
-           'seg_grid_share', 'thresholds_frame', 'costs_frame', 'best_rates', 'compare_reports']
+           'seg_grid_share', 'thresholds_frame', 'costs_frame', 'rates_grid', 'best_rates', 'compare_reports']
 
 # %% ../../nbs/evidence/03_tables.ipynb #2438792d
 import html, json
@@ -531,15 +531,21 @@ def costs_frame(
     return frame.groupby(['experiment', 'dataset'], sort=False).mean().reset_index()
 
 # %% ../../nbs/evidence/03_tables.ipynb #071958f4
-def best_rates(
+def rates_grid(
     frame:pd.DataFrame, # table 'rates' of `paper_table`, or its csv
-)->dict:                # method -> the rate with the highest overall IoU on the development seed
-    "What the search for learning rates found, for the methods that were run."
+)->pd.DataFrame:        # method × rate: overall IoU on the development seed, NaN where not run
+    "The search for learning rates, a line a method."
     known = frame.dropna(subset=['ours'])
-    method, rate = known.row.str.rsplit(' ', n=1).str[0], known.row.str.rsplit(' ', n=1).str[1]
-    known = known.assign(method=method, rate=rate.astype(float))
-    best = known.loc[known.groupby('method', sort=False).ours.idxmax()]
-    return dict(zip(best.method, best.rate))
+    # a row is called 'mcn 0.003'
+    names = known.row.str.rsplit(' ', n=1, expand=True)
+    known = known.assign(method=names[0], rate=names[1].astype(float))
+    return known.pivot(index='method', columns='rate', values='ours').loc[known.method.unique()]
+
+def best_rates(
+    grid:pd.DataFrame, # from `rates_grid`
+)->dict:               # method -> the rate with the highest overall IoU
+    "What the search for learning rates found, for the methods that were run."
+    return grid.idxmax(axis=1).to_dict()
 
 # %% ../../nbs/evidence/03_tables.ipynb #e2166b1a
 _key = ['experiment', 'dataset', 'split', 'metric']

@@ -13,6 +13,7 @@ __all__ = ['FIRST_GUESS_MB', 'DAY', 'COMMANDS', 'FORMS', 'Job', 'Placed', 'pack'
 import fcntl, hashlib, heapq, importlib.util, json, os, re, shlex, shutil, subprocess, sys
 import tempfile, time
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple, Optional
 from ..errors import KitError, unknown_name
@@ -121,17 +122,8 @@ def known_memory(
     preset:str, out, # whose committed report; the report's folder
 )->dict:  # {(experiment, dataset): MB}
     "How much memory runs of this preset took at most, here or in the committed report."
-    import pandas as pd
-    from lts_nb.manual.batch import committed
-    memory, facts = {}, committed(preset)/'runs.csv'
-    if facts.exists():
-        memory = {(r.experiment, r.dataset): r.peak_memory_mb
-                  for r in pd.read_csv(facts).itertuples()}
-    for f in sorted((Path(out)/'runs').glob('*/result.json')):
-        try: r = json.loads(f.read_text())
-        except (OSError, ValueError): continue
-        memory[r['experiment'], r['dataset']] = r['peak_memory_mb']
-    return memory
+    from lts_nb.manual.batch import known_of_runs
+    return known_of_runs(preset, out, 'peak_memory_mb', itemgetter('peak_memory_mb'))
 
 # %% ../../nbs/manual/07_machines.ipynb #808e9c8e
 FIRST_GUESS_MB = {True: 32000, False: 4000} # where no run was measured: on a GPU, on a processor
@@ -250,12 +242,13 @@ def describe_devices(
 )->str:
     "The table of devices and times, and the critical path."
     if not jobs: return 'No run of this preset was timed, so nothing can be said of devices.'
-    timed = [{k: s for k, s in steps.items() if s} for steps in (before, after)]
-    untimed = [k for steps in (before, after) for k, s in steps.items() if not s]
-    path = critical_path(jobs, *timed)
+    untimed = [step for step, s in (before | after).items() if not s]
+    before = {step: s for step, s in before.items() if s}
+    after = {step: s for step, s in after.items() if s}
+    path = critical_path(jobs, before, after)
     lines = [f'On several devices, {len(jobs)} runs, the longest first:',
              'devices       time  times as fast  busy']
-    for r in devices_table(jobs, gpus, *timed):
+    for r in devices_table(jobs, gpus, before, after):
         lines.append(f"{r['devices']:7}  {_time(r['seconds']):>9}  {r['faster']:13.1f}  "
                      f"{100*r['busy']:3.0f} %")
     chain = ', then '.join(f'{name} ({_time(s)})' for name, s in path)

@@ -134,8 +134,8 @@ def two_grids(self:Fusion,
     "Eq. 5-7 with the halves apart. KitError for a training batch of one sentence."
     # eq. 5
     m1 = self.product(v1, f_text)
-    conv, norm, act = self.m2
     if doubles(m1, v2) and doubles(v2, v3):
+        conv, norm, act = self.m2
         # eq. 7, i = 2: W_m1 before the copying of eq. 6
         m2 = TwoGrids(self.m1(m1), v2)
         # eq. 7, i = 3: W_m2 before the copying, and F_m2 itself in two halves

@@ -144,6 +144,21 @@ def forward(self:LTS, features, tokens, lengths):
     "A picture for each sentence."
     return self.answer(self.look(features), tokens, lengths)
 
+# %% ../../nbs/model/08_lts.ipynb #191c7571
+@patch
+def by_equations(self:LTS, features, tokens, lengths):
+    """The same answer with whole maps and each layer where the paper has it:
+    slower, and what `forward` is held against."""
+    # eq. 1–4
+    words, f_text, mask = self.language(tokens, lengths)
+    # eq. 5–7
+    F_m3 = self.fusion(self.tail(features[0]), features[1], features[2], f_text)
+    # eq. 8
+    H = None if self.locate is None else self.locate(F_m3, words, f_text, mask)
+    # eq. 10
+    if self.segment is not None: return LTSOutput(H, self.segment(F_m3, H))
+    return LTSOutput(H, self.plain(F_m3) if H is None else H)
+
 # %% ../../nbs/model/08_lts.ipynb #b686127a
 def count_parameters(
     module,  # any; an LTS gives one row a part

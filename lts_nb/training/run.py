@@ -50,14 +50,16 @@ class Run:
                         d.stretch, self.method.needs, partial(self.method.inputs, m))
         # the loop of training sees every object: its grids are the same for all runs
         if split == 'train' and self.fingerprint:
-            kind = f'grids/{d.size}-{d.downsample}-{"stretched" if d.stretch else "boxed"}'
-            found.take_grids(kept_arrays(self.shared(kind, split), found.all_grids))
+            fit = 'stretched' if d.stretch else 'boxed'
+            file = self.shared('grids', split, d.size, d.downsample, fit)
+            found.take_grids(kept_arrays(file, found.all_grids))
         return found
 
-    def shared(self, kind, split):
-        "The file that all runs of a report share for a split of this data."
+    def shared(self, kind, *of, suffix='.npz'):
+        "The file of a kind that all runs of a report share for this data; `of` names its split first."
         print_ = self.fingerprint.replace(':', '-')
-        return self.out/'shared'/kind/f'{self.config.data.dataset}-{split}-{print_}.npz'
+        name = '-'.join(map(str, (self.config.data.dataset, *of, print_)))
+        return self.out/'shared'/kind/(name + suffix)
 
 # %% ../../nbs/training/09_run.ipynb #91e49e91
 def prepare(
@@ -84,9 +86,8 @@ def prepare(
 def _ceiling_of(run, samples):
     "A split's ceiling, from the file that all runs share."
     stride = run.method.stride(run.config.model)
-    print_ = run.fingerprint.replace(':', '-')
-    name = f'{run.config.data.dataset}-{samples.split}-{samples.size}-{stride}-{print_}.json'
-    return split_ceiling(samples, stride, run.out/'shared'/'ceilings'/name)
+    file = run.shared('ceilings', samples.split, samples.size, stride, suffix='.json')
+    return split_ceiling(samples, stride, file)
 
 def _evaluate(run, samples, on_mask=None, threshold=None, finishes=None):
     "The scores of one split on the run's device."
