@@ -8,6 +8,7 @@ import torch
 from lts_nb.errors import KitError
 from lts_nb.rivals.densecrf import (Blur, CRFConfig, Exact, ImageKernel, Lattice, Packing, Symmetric, barycentric,
                                     bilateral_features, corner, corners, dense_crf, elevate, places, steps)
+from lts_nb.rivals.lattice import CompiledLattice, linked, numbered, simplices
 
 
 def pictures(h=24, w=24):
@@ -52,6 +53,58 @@ def test_one_number_a_pixel_says_the_same_as_two_labels(name):
 
 
 def correlation(a, b): return float(torch.corrcoef(torch.stack([a.flatten().double(), b.flatten().double()]))[0, 1])
+
+
+@pytest.mark.parametrize('d', (1, 2, 3, 5))
+def test_compiled_corners_are_those_of_the_tensors(d):
+    "Bit for bit, negative coordinates and points on a face of a simplex included."
+    f = torch.randn(400, d, generator=torch.Generator().manual_seed(d), dtype=torch.float64)*9
+    f[:50] = f[:50].round()
+    f[50:60] = 0.
+    y = elevate(f)
+    g, rank = corner(y)
+    pack = Packing(d)
+    keys, weights = simplices(f, pack)
+    assert (torch.from_numpy(keys) == corners(g, rank, pack)).all()
+    assert (torch.from_numpy(weights) == barycentric(y, g, rank).float()).all()
+
+
+def test_a_hash_table_numbers_keys_and_finds_neighbours():
+    keys = np.array([7, -3, 7, 12, -3, 2**40, 7])
+    numbers, known, table = numbered(keys)
+    assert known.tolist() == [7, -3, 12, 2**40] and numbers.tolist() == [0, 1, 0, 2, 1, 3, 0]
+    near = linked(known, table, np.array([5, -10]))
+    assert near[0].tolist() == [[2, 4], [4, 4], [4, 0], [4, 4]]
+    assert near[1].tolist() == [[1, 4], [4, 0], [4, 4], [4, 4]]
+
+
+@pytest.mark.parametrize('name', PICTURES)
+@pytest.mark.parametrize('columns', (1, 3, 4, 9))
+def test_the_compiled_lattice_is_the_lattice(name, columns):
+    f = bilateral_features(torch.from_numpy(PICTURES[name]), 8., 3.)
+    v = torch.randn(len(f), columns, generator=torch.Generator().manual_seed(0))
+    compiled, tensors = CompiledLattice(f), Lattice(f)
+    assert sorted(compiled.keys.tolist()) == tensors.keys.tolist()
+    torch.testing.assert_close(compiled(v), tensors(v), rtol=1e-5, atol=1e-5)
+
+
+def test_without_the_compiler_scoring_takes_the_lattice_of_tensors(monkeypatch):
+    import sys
+    from lts_nb.training import scoring
+    image, z = PICTURES['shapes'], blob()
+    scoring._lattice.cache_clear()
+    assert scoring._lattice() is CompiledLattice
+    fast = dense_crf(z, image, lattice=scoring._lattice())
+    scoring._lattice.cache_clear()
+    monkeypatch.setitem(sys.modules, 'lts_nb.rivals.lattice', None)
+    assert scoring._lattice() is Lattice
+    scoring._lattice.cache_clear()
+    torch.testing.assert_close(dense_crf(z, image), fast, rtol=1e-4, atol=1e-4)
+
+
+def test_points_that_do_not_fit_end_in_a_sentence():
+    with pytest.raises(KitError, match='lattice points beyond'):
+        CompiledLattice(torch.full((3, 5), 1e4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize('config', CONFIGS)

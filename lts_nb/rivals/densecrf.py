@@ -40,8 +40,9 @@ class Blur:
     @staticmethod
     def gaussian(n, px, device):
         "exp(−½(i−j)²/px²), (n,n)."
-        at = torch.arange(n, device=device)/px
-        return (-.5*(at[:, None] - at).square()).exp()
+        at = torch.arange(n, device=device)
+        # whole numbers are subtracted: the difference of two rounded ones would lose digits
+        return (-.5*((at[:, None] - at)/px).square()).exp()
     def __call__(self,
         values:torch.Tensor, # (n,S) float32
     )->torch.Tensor:         # (n,S)
@@ -183,15 +184,20 @@ class Packing:
         places = torch.arange(d - 1, -1, -1, device=device)*self.bits
         self.stride = 1 << places
         self.ones = self.stride.sum()
+    def check(self,
+        far,  # the largest coordinate
+    ):
+        "KitError where it does not fit."
+        # a neighbour may lie d further out
+        edge = self.half - 2*len(self.stride)
+        if far >= edge:
+            raise KitError(f'a picture needs lattice points beyond {edge}',
+                           mend='Use larger standard deviations, or a smaller picture')
     def __call__(self,
         points:torch.Tensor, # (n,d) int64
     )->torch.Tensor:         # (n,) int64
         "KitError for a point that does not fit."
-        # a neighbour may lie d further out
-        edge = self.half - 2*points.shape[1]
-        if points.numel() and points.abs().max() >= edge:
-            raise KitError(f'a picture needs lattice points beyond {edge}',
-                           mend='Use larger standard deviations, or a smaller picture')
+        if points.numel(): self.check(points.abs().max())
         return ((points + self.half)*self.stride).sum(1)
 
 # %% ../../nbs/rivals/06_densecrf.ipynb #f5c627c4
@@ -286,14 +292,15 @@ def filters(
     cfg:CRFConfig,      # the recipe
     side:int,           # of the network's input, pixels
     exact:bool=False,   # n×n matrices: for small pictures
+    lattice=Lattice,    # the filter between features, (n,d) -> (n,S) -> (n,S)
 )->tuple:               # the two filters, (n,S) -> (n,S): of places, and of places with colours
     "K¹ and K²."
     h, w = image.shape[:2]
     near, far = cfg.scales(side)
     close, alike = places(h, w, image.device)/near, bilateral_features(image, far, cfg.rgb)
     if exact: return Exact(close), Exact(alike)
-    if cfg.spatial == 'lattice': return Lattice(close), Lattice(alike)
-    return Blur(h, w, near, image.device), Lattice(alike)
+    if cfg.spatial == 'lattice': return lattice(close), lattice(alike)
+    return Blur(h, w, near, image.device), lattice(alike)
 
 # %% ../../nbs/rivals/06_densecrf.ipynb #e245f172
 class ImageKernel:
@@ -304,11 +311,12 @@ class ImageKernel:
         side:int=None,       # of the network's input, which sets the scales; None: the longer side
         device='cpu', # where it is computed
         exact:bool=False,    # n×n matrices in double precision: for small pictures
+        lattice=Lattice,     # the filter between features: `lattice.CompiledLattice` is faster
     ):
         image = _picture(image, device)
         self.size, self.cfg = tuple(image.shape[:2]), cfg
         self.dtype = torch.float64 if exact else torch.float32
-        K = filters(image, cfg, side or max(self.size), exact)
+        K = filters(image, cfg, side or max(self.size), exact, lattice)
         self.S = [Symmetric(k, image.shape[0]*image.shape[1], device, self.dtype) for k in K]
     def pull(self,
         values:torch.Tensor, # (n,S)
@@ -337,8 +345,9 @@ def dense_crf(
     image,               # (h,w,3) uint8, array or tensor
     cfg:CRFConfig=CRFConfig(), # the recipe
     side:int=None,       # of the network's input; None: the longer side
+    lattice=Lattice,     # the filter between features: `lattice.CompiledLattice` is faster
 )->torch.Tensor:         # (S,h,w) float32: logits; the mask is where they are above 0
     "Two-label mean field in a fully connected CRF (Krähenbühl and Koltun 2011), on logits."
     # thousands of weights are summed: not in half precision
     with torch.autocast(logits.device.type, enabled=False):
-        return ImageKernel(image, cfg, side, logits.device)(logits)
+        return ImageKernel(image, cfg, side, logits.device, lattice=lattice)(logits)

@@ -22,12 +22,20 @@ from ..errors import atomic_path, disk_error, unknown_name, write_text
 from ..data.dataset import Samples
 from ..data.letterbox import letterbox_image, predict_mask, undo_letterbox
 from ..model.method import Method
-from ..rivals.densecrf import dense_crf
+from ..rivals.densecrf import Lattice, dense_crf
 from ..settings import Config
 from .metrics import ceiling, intersection_union, pointing_hit, summarise
 from .opening import loader, of_rows, on_device
 
 # %% ../../nbs/training/08_scoring.ipynb #22e09f6c
+@lru_cache
+def _lattice():
+    "The compiled lattice; the one of tensors where the compiler is missing."
+    # its import takes a third of a second, which a run without a CRF need not wait for
+    try: from lts_nb.rivals.lattice import CompiledLattice
+    except ImportError: return Lattice
+    return CompiledLattice
+
 def _by_crf(probability, threshold, size, images, pictures):
     "The dense CRF's answer as a probability map of the input's size; each image's sentences at once."
     # a CRF decides at 0, so the method's threshold becomes 0
@@ -41,7 +49,8 @@ def _by_crf(probability, threshold, size, images, pictures):
         # the grey border takes no part
         rows, columns = slice(g.top, g.top + g.new_h), slice(g.left, g.left + g.new_w)
         inside = np.ascontiguousarray(picture[rows, columns])
-        refined = dense_crf(logits[of_image, 0, rows, columns], inside, side=size)
+        refined = dense_crf(logits[of_image, 0, rows, columns], inside, side=size,
+                            lattice=_lattice())
         for i, z in zip(of_image, refined): out[i, 0, rows, columns] = z.sigmoid()
     return out
 
