@@ -37,7 +37,7 @@ SCHEMA = _object(('run', 'experiment', 'dataset', 'preset', 'seed', 'metrics'),
     hardware={'type': 'object'}, parameters=_number, gflops=_number, peak_memory_mb=_number,
     backbone={'type': ['object', 'null']}, finishes=_each(_each(_each(_number))),
     thresholds=_each(_each(_number)), threshold=_number, milliseconds=_each(_number),
-    parts=_each(_each(_number)), things={'type': 'object'},
+    parts=_each(_each(_number)), things=_object(file=_text, sha256=_text, note=_text),
     choices=_each(_each(_each(_number))))
 
 def load_arrays(
@@ -539,7 +539,9 @@ def settings_frame(
     "What is detection and what is language, of the runs that choose; means over seeds."
     rows = []
     for r in results:
-        for split, found in r.get('choices', {}).items():
+        choices = r.get('choices', {})
+        for split in sorted(choices, key=_split_rank):
+            found = choices[split]
             truth = r.get('finishes', {}).get('truth', {}).get(split, {})
             own = r['metrics'][split]
             row = dict(experiment=r['experiment'], dataset=r['dataset'], split=split,
