@@ -69,6 +69,7 @@ class Method:
     schedule = None        # share of training done -> factor of the rate; None: the paper's step
     threshold = .5         # a pixel is object above this probability; None: chosen on val
     finishes = ('plain',)  # from probability to mask, its own way first: plain, crf, or of `finish`
+    things = False         # its features end with candidate objects: `rivals.proposals.Things`
     notes = ()             # sentences that its row carries, such as 'It learns from boxes too.'
 
     def build(self,
