@@ -7,8 +7,8 @@ from torch import nn
 from lts_nb.model.method import METHODS
 from lts_nb.rivals.mattnet import (ATTRIBUTES, MAttNet, MAttNetConfig, Matching, NEAR, Phrases, Subject, Tower, attribute_loss,
                                    attribute_words, best_neighbour, box_offsets, box_places, class_weights, draw_other,
-                                   falls, is_neighbour, known_of, nearest, places_of, ranking_loss)
-from lts_nb.rivals.proposals import Things
+                                   falls, is_neighbour, known_of, mean_of_windows, nearest, places_of, ranking_loss, windows)
+from lts_nb.rivals.proposals import Things, roi_crop
 from lts_nb.training.config import load_methods
 
 def close(a, b, atol=1e-9): torch.testing.assert_close(torch.as_tensor(a).double(), torch.as_tensor(b).double(), rtol=0, atol=atol)
@@ -77,9 +77,9 @@ def test_the_network_is_the_official_one(official, mode):
     close(weights, out['weights'])
     fine, deep = (x[k].flatten(2).transpose(1, 2) for k in ('pool5', 'fc7'))
     # running statistics move in training: each normalisation once
-    V, seen, logits = net.subject.cells(fine, deep)
+    cells, logits = net.subject.cells(fine, deep)
     close(logits, out['att_scores'])
-    v, alpha = net.subject(V, seen, q[:, 0])
+    v, alpha = net.subject(cells, q[:, 0])
     close(v, mid['v_sub']); close(alpha, out['sub_grid_attn'])
     close(net.location(x['lfeats'], x['dif_lfeats']), mid['v_loc'])
     r = net.relation(x['cxt_fc7'], x['cxt_lfeats'])
@@ -90,7 +90,7 @@ def test_the_network_is_the_official_one(official, mode):
     close(net.match[1](net.location(x['lfeats'], x['dif_lfeats']), q[:, 1]), mid['s_loc'][:, 0])
     cosines = (net.match[2].seen(r)*net.match[2].said(q[:, 2])[:, None]).sum(-1)
     close(best_neighbour(cosines, real), mid['s_rel'][:, 0])
-    close(net.pairs((V, seen), [x[k] for k in ('lfeats', 'dif_lfeats', 'cxt_fc7', 'cxt_lfeats')], q, weights), out['scores'])
+    close(net.pairs(cells, [x[k] for k in ('lfeats', 'dif_lfeats', 'cxt_fc7', 'cxt_lfeats')], q, weights), out['scores'])
 
 
 def test_the_floor_of_the_relationship_is_the_official_one(official):
@@ -149,3 +149,17 @@ def test_places_and_neighbours_are_the_official_ones(official):
 def test_class_weights_are_the_official_ones(official):
     g = official('att_weight')
     close(class_weights(g['counts']), g['weights'], atol=1e-6)
+
+
+# parts against slow code
+
+def test_windows_are_the_shared_crop():
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.rand(2, 3, 4, generator=generator).double()*128
+    boxes = torch.cat([boxes[..., :2] - 10, boxes[..., :2] + boxes[..., 2:] + 1], -1)  # some reach out of the picture
+    for cells in (4, 16):
+        maps = torch.rand(2, 5, cells, cells, generator=generator).double()
+        for side in (7, 3):
+            shared = roi_crop(maps, boxes, 128, side).flatten(3).transpose(2, 3)
+            close(windows(maps, boxes, 128, side), shared)
+            close(mean_of_windows(maps, boxes, 128, side), shared.mean(2))
