@@ -44,6 +44,8 @@ class Samples:
         self.words = [tokenize(s.sent)[:max_len] for _, s in self.rows]
         if shuffle is not None: self.words = _others_sentences(self.rows, self.words, shuffle)
         self.ids = [encode(words, vocab, max_len) for words in self.words]
+        # the seed and the epoch that a target which draws may draw by
+        self.drawn = 0, 0
         self._by_ref, self._by_image, self._grids, self._boxes = {}, {}, {}, {}
         for row, (ref, _) in enumerate(self.rows):
             self._by_ref.setdefault(ref.ref_id, []).append(row)
@@ -204,7 +206,8 @@ def epoch_rows(self:Samples,
     n:int|None=None, # objects an epoch visits; None: all
     all_sentences:bool=False, # every sentence instead of one an object
 )->list:             # row indices
-    "Which rows an epoch visits, and in which order."
+    "Which rows an epoch visits, and in which order; what targets draw belongs to this epoch now."
+    self.drawn = seed, epoch
     if all_sentences: return _order(len(self), seed, epoch)
     refs = list(self._by_ref)
     n = n or len(refs)

@@ -64,6 +64,9 @@ class Method:
     widths = {}            # preset -> settings that differ there from the defaults
     rates = {}             # preset -> learning rate, where it is not the preset's own
     needs = ('mask',)      # targets that a batch carries: names of `data.dataset.TARGETS`
+    betas = .9, .999       # of Adam
+    clip = None            # largest entry of a gradient; None: as it comes
+    schedule = None        # share of training done -> factor of the rate; None: the paper's step
     threshold = .5         # a pixel is object above this probability; None: chosen on val
     finishes = ('plain',)  # from probability to mask, its own way first: plain, crf, or of `finish`
     things = False         # its features end with candidate objects: `rivals.proposals.Things`

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from ..data.dataset import Samples
 from .config import RunConfig, method_of, run_key
-from .fit import Alone, fit
+from .fit import Adam, Alone, fit
 from .opening import loader, on_device
 
 # %% ../../nbs/training/07_train.ipynb #c66eba99
@@ -42,4 +42,5 @@ def train_model(
         return method.loss(config.model, method.forward(called, features, batch), batch)
 
     return fit(model, loss_of, batches, t.epochs, t.lr, t.decay, checkpoint, run_key(config), acc,
-               t.weight_decay, after_epoch=after_epoch, desc=config.experiment, group=group)
+               t.weight_decay, after_epoch=after_epoch, desc=config.experiment, group=group,
+               how=Adam(method.betas, method.clip, method.schedule))
