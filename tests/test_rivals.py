@@ -39,6 +39,21 @@ def made_up(sentences, size=128, seed=1):
     return features, dict(tokens=tokens, lengths=torch.tensor([len(s) for s in sentences]))
 
 
+def with_things(method, features, seed=2):
+    "Features that end with three made-up things of each picture and a place of padding, for a method that chooses."
+    if not method.things: return features
+    from lts_nb.rivals.proposals import Things
+    generator = torch.Generator().manual_seed(seed)
+    n, size = len(features[0]), 8*features[2].shape[-1]
+    corner = torch.rand(n, 4, 2, generator=generator)*size/2
+    boxes = torch.cat([corner, corner + size/8 + torch.rand(n, 4, 2, generator=generator)*size/4], -1).double()
+    kinds = torch.randint(0, 2, (n, 4), generator=generator)
+    kinds[:, 3] = -1
+    masks = torch.rand(n, 4, size//4, size//4, generator=generator) > .5
+    things = Things(boxes, kinds, torch.ones(n, 4), masks)
+    return (*features, *things, *things)
+
+
 SENTENCES = [[5, 6, 7, 8, 9, 3], [10, 11], [12], [5, 13, 14]]
 
 
@@ -53,6 +68,7 @@ def test_padding_and_neighbours_change_nothing(name):
     method, cfg, model = built(name)
     model.eval()
     features, batch = made_up(SENTENCES)
+    features = with_things(method, features)
     batch = with_inputs(method, cfg, batch)
     with torch.no_grad():
         together = method.probability(method.forward(model, features, batch))
@@ -68,6 +84,7 @@ def test_padding_and_neighbours_change_nothing(name):
 def test_the_answer_is_a_map_on_the_grid_that_it_claims(name):
     method, cfg, model = built(name)
     features, batch = made_up(SENTENCES)
+    features = with_things(method, features)
     with torch.no_grad():
         out = method.forward(model.eval(), features, with_inputs(method, cfg, batch))
     p, side = method.probability(out), 128//method.stride(cfg)

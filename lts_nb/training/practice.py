@@ -68,6 +68,13 @@ def practice_batch(
     return practice.source(batch['images']), batch
 
 # %% ../../nbs/training/10_practice.ipynb #4cfe9f13
+def _probability(method, model, features, batch, out):
+    "What is answered now; a method that chooses ranks pairs in training, so it is asked again."
+    if not method.things: return method.probability(out).detach()
+    with torch.no_grad(): answered = method.forward(model.eval(), features, batch)
+    model.train()
+    return method.probability(answered)
+
 def by_heart(
     method:Method,     # to be tried
     cfg:Config,        # its settings
@@ -87,7 +94,7 @@ def by_heart(
     for step in range(steps):
         out = method.forward(model, features, batch)
         if step % 10 == 9:
-            said = method.probability(out).detach() > (method.threshold or .5)
+            said = _probability(method, model, features, batch, out) > (method.threshold or .5)
             ious.append((step, float((said & truth).sum()/(said | truth).sum())))
             if ious[-1][1] >= enough: break
         loss, _ = method.loss(cfg, out, batch)
