@@ -13,9 +13,9 @@ from lts_nb.data.shapes import CATEGORIES, COLOURS, FAMILY, NOUNS, PATTERNS, SIZ
 from lts_nb.errors import KitError
 from lts_nb.model.method import METHODS
 from lts_nb.rivals import nmtree as room
-from lts_nb.rivals.nmtree import (LABELS, TAGS, NMTree, NMTreeConfig, Tree, node_types, official_weights, places_of, shape_of,
+from lts_nb.rivals.nmtree import (LABELS, TAGS, NMTree, NMTreeConfig, Tree, node_types, official_weights, shape_of,
                                   slow_decay, tree_of, tree_tensors)
-from lts_nb.rivals.proposals import Things
+from lts_nb.rivals.proposals import Things, roi_crop
 from lts_nb.training.config import load_methods
 
 load_methods()
@@ -418,41 +418,16 @@ def test_spacy_parses_what_is_left():
 
 # ----- regions
 
-def literal_places(boxes, kinds, size):
-    "The sheet's l and δ, one thing at a time."
-    out = torch.zeros(*kinds.shape, 30, dtype=torch.double)
-    for p in range(len(kinds)):
-        for k in range(kinds.shape[1]):
-            x0, y0, x1, y1 = boxes[p, k].tolist()
-            w, h, cx, cy = x1 - x0, y1 - y0, (x0 + x1)/2, (y0 + y1)/2
-            out[p, k, :5] = torch.tensor([x0/size, y0/size, x1/size, y1/size, w*h/size**2], dtype=torch.double)
-            near = []
-            for j in range(kinds.shape[1]):
-                if j == k or kinds[p, j] != kinds[p, k] or kinds[p, j] < 0: continue
-                a, b, c, d = boxes[p, j].tolist()
-                near.append((math.hypot((a + c)/2 - cx, (b + d)/2 - cy), [(a - cx)/w, (b - cy)/h, (c - cx)/w, (d - cy)/h, (c - a)*(d - b)/(w*h)]))
-            for i, (_, five) in enumerate(sorted(near)[:5]): out[p, k, 5 + 5*i:10 + 5*i] = torch.tensor(five, dtype=torch.double)
-    return out
-
-
-def test_places_are_the_literal_ones():
-    things, _ = things_of(4, 9, gone=1)
-    kinds = things.kinds.clone()
-    kinds[0, :8] = 1  # seven neighbours: two too many
-    found = places_of(things.boxes, kinds, 128)
-    torch.testing.assert_close(found[:, :8], literal_places(things.boxes, kinds, 128)[:, :8], rtol=0, atol=1e-12)
-    assert places_of(things.boxes[:, :1], kinds[:, :1], 128).shape == (4, 1, 30)
-    # a shift of everything moves no neighbour
-    moved = places_of(things.boxes + 3, kinds, 128)
-    torch.testing.assert_close(moved[:, :8, 5:], found[:, :8, 5:], rtol=0, atol=1e-9)
-
-
 def test_regions_do_not_hear_the_sentence():
     net = network(official_state())
     things, _ = things_of(2, 4)
     maps = tuple(torch.randn(2, c, 128//s, 128//s, dtype=torch.double) for c, s in zip((7, 5, 4), (32, 16, 8)))
     regions = net.look(maps, things)
     assert len(regions) == 1 and regions[0].shape == (2, 4, V)
+    # the means are those of the windows that all methods share
+    means = [F.normalize(roi_crop(m, things.boxes, 128).mean((-2, -1)), dim=-1)*20 for m in maps]
+    look = net.regions.look(torch.cat(means, -1)).relu()
+    torch.testing.assert_close(regions[0][..., :5], look, rtol=0, atol=1e-10)
 
 
 def test_the_root_attends_to_the_subject_only_where_it_is_language():

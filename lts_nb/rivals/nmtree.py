@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'LABELS', 'rule_tags', 'rule_labels', 'Tree', 'tree_of', 'tree_tensors', 'Level', 'Shape', 'shape_of',
-           'node_types', 'TypedLSTM', 'Single', 'Pair', 'places_of', 'Scaled', 'Regions', 'NMTreeConfig', 'Reading',
-           'NMTree', 'official_weights', 'slow_decay', 'NMTreeMethod']
+           'node_types', 'TypedLSTM', 'Single', 'Pair', 'Regions', 'NMTreeConfig', 'Reading', 'NMTree',
+           'official_weights', 'slow_decay', 'NMTreeMethod']
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #6da11394
+# %% ../../nbs/rivals/19_nmtree.ipynb #d30595b7
 import math
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -21,10 +21,11 @@ from ..errors import KitError
 from ..model.language import word_embedding
 from ..model.method import register
 from .lscm import chain_heads, grammar_heads, spacy_doc
-from .proposals import Chooser, ChooserConfig, ChooserNet, roi_crop
+from .mattnet import Location, Scaled, mean_of_windows, places_of
+from .proposals import Chooser, ChooserConfig, ChooserNet
 from ..settings import Width
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #cd593d4f
+# %% ../../nbs/rivals/19_nmtree.ipynb #72c62161
 _NOUN = {noun for nouns in NOUNS.values() for noun in nouns}
 _SIDE = {'left', 'right', 'top', 'bottom', 'middle'}
 # closed classes of English as far as short expressions need them; the names are the Penn Treebank's
@@ -56,7 +57,7 @@ def rule_labels(
         else: out.append(_DEP_OF.get((tag, tags[head]), 'dep'))
     return tuple(out)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #619fb622
+# %% ../../nbs/rivals/19_nmtree.ipynb #a3f4a2d7
 class Tree(NamedTuple):
     "The nodes of a sentence, in the order of its words."
     at: tuple      # place of each node's word in the sentence
@@ -94,7 +95,7 @@ def tree_of(
     if how == 'spacy': return _by_spacy(words, kept)
     return _by_rule(words, kept, {'grammar': grammar_heads, 'chain': chain_heads}[how])
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #c29ab7c1
+# %% ../../nbs/rivals/19_nmtree.ipynb #ef398a29
 TAGS = tuple('''XX CC CD DT EX FW IN JJ JJR JJS LS MD NN NNP NNPS NNS PDT POS PRP PRP$ RB RBR RBS
 RP SYM TO UH VB VBD VBG VBN VBP VBZ WDT WP WP$ WRB ADD AFX HYPH NFP . , : `` '' "" -LRB- -RRB-
 $ #'''.split())
@@ -120,7 +121,7 @@ def tree_tensors(
                                             padding_value=fill.get(name, 0))
             for name, rows in columns.items()}
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #a4b95abc
+# %% ../../nbs/rivals/19_nmtree.ipynb #2194bad8
 class Level(NamedTuple):
     "The nodes of one depth, of all trees of a batch."
     at: torch.Tensor      # (M,) number of each node among all B·N
@@ -153,7 +154,7 @@ def shape_of(
         rank[at] = torch.arange(len(at), device=at.device)
     return Shape(below, real, levels)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #3089f23c
+# %% ../../nbs/rivals/19_nmtree.ipynb #efb88ad7
 def node_types(
     logits,        # (B,N,2): language, visual
     training:bool, # with noise, and a gradient through the choice
@@ -163,7 +164,7 @@ def node_types(
     if training: return F.gumbel_softmax(logits, tau, hard=True)
     return F.one_hot(logits.argmax(-1), 2).to(logits.dtype)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #1ec552a9
+# %% ../../nbs/rivals/19_nmtree.ipynb #75b5db08
 def _summed(values, places, n):
     "Rows of `values` added up at their places: n rows."
     return values.new_zeros(n, *values.shape[1:]).index_add(0, places, values)
@@ -208,7 +209,7 @@ class TypedLSTM(nn.Module):
         c, h = ((z[:, :, None]*both).sum(1) for both in (new, out))
         return c, self.drop(h)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #798e80ec
+# %% ../../nbs/rivals/19_nmtree.ipynb #1504cd46
 def _in_rows(levels, values, shape):
     "Values of all levels back at their nodes; 0 at padding."
     B, N = shape.real.shape
@@ -245,7 +246,7 @@ def down(self:TypedLSTM, e, z, shape):
         out.append(h)
     return _in_rows(shape.levels, out, shape)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #df9fa63e
+# %% ../../nbs/rivals/19_nmtree.ipynb #8d1302cf
 class Single(nn.Module):
     "How well does a region fit a phrase? w · norm(W v ⊙ r)."
     def __init__(self,
@@ -281,46 +282,7 @@ class Pair(nn.Module):
         x = (u + self.other(them)[:, None])*r[:, None]
         return F.normalize(x, dim=-1) @ self.out.weight[0]
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #8323b9d2
-def places_of(
-    boxes,     # (P,K,4): x0, y0, x1, y1 in pixels of the input
-    kinds,     # (P,K): number of the category, -1 at padding
-    size:int,  # side of the input, pixels
-    n:int=5,   # neighbours of the same category, at most
-)->torch.Tensor: # (P,K,5 + 5·n)
-    "Where a box lies, and where the nearest boxes of its category lie as seen from it (MAttNet)."
-    sides = boxes[..., 2:] - boxes[..., :2]
-    area = sides.prod(-1, keepdim=True)
-    own = torch.cat([boxes/size, area/size**2], -1)
-    middle = (boxes[..., :2] + boxes[..., 2:])/2
-    # the nearest of the same category, without itself
-    K = boxes.shape[1]
-    other = (kinds[:, :, None] == kinds[:, None]) & (kinds[:, None] >= 0)
-    other &= ~torch.eye(K, dtype=torch.bool, device=boxes.device)
-    far = torch.cdist(middle, middle).masked_fill(~other, math.inf)
-    distance, near = far.topk(min(n, K), largest=False)
-    # their corners from the middle of this box, in its sides; their area in its area
-    row = torch.arange(len(boxes), device=boxes.device)[:, None, None]
-    scale = sides[:, :, None].clamp_min(1e-6)
-    corners = boxes[row, near].unflatten(-1, (2, 2)) - middle[:, :, None, None]
-    corners = (corners/scale[..., None, :]).flatten(-2)
-    seen = torch.cat([corners, area[row, near]/area[:, :, None].clamp_min(1e-6)], -1)
-    seen = seen.masked_fill(~distance.isfinite()[..., None], 0).flatten(2)
-    return torch.cat([own, F.pad(seen, (0, 5*n - seen.shape[-1]))], -1)
-
-class Scaled(nn.Module):
-    "A vector at length 1, times a learned factor for each number, 20 at the start (MAttNet)."
-    def __init__(self,
-        d:int,  # of the vector
-    ):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((d,), 20.))
-    def forward(self,
-        x,  # (…,d)
-    ):
-        "The same shape."
-        return F.normalize(x, dim=-1)*self.weight
-
+# %% ../../nbs/rivals/19_nmtree.ipynb #12c4ac10
 class Regions(nn.Module):
     "A thing as a vector: the mean of each map in its box, and its place."
     def __init__(self,
@@ -331,21 +293,21 @@ class Regions(nn.Module):
         super().__init__()
         self.maps = nn.ModuleList(Scaled(c) for c in channels)
         self.look = nn.Linear(sum(channels), look)
-        self.own, self.near = Scaled(5), Scaled(25)
-        self.place = nn.Linear(30, place)
+        self.place = Location(place)
     def forward(self,
         maps,    # F_v1, F_v2, F_v3
         things,  # `Things`
     )->torch.Tensor: # (P,K,look + place)
         "For all things of all pictures."
         size = 8*maps[2].shape[-1]
-        means = [roi_crop(m, things.boxes, size).mean((-2, -1)) for m in maps]
+        # what a box shows, at three depths
+        means = [mean_of_windows(m, things.boxes, size) for m in maps]
         look = self.look(torch.cat([f(m) for f, m in zip(self.maps, means)], -1)).relu()
-        where = places_of(things.boxes, things.kinds, size).to(look)
-        place = self.place(torch.cat([self.own(where[..., :5]), self.near(where[..., 5:])], -1))
-        return torch.cat([look, place], -1)
+        # where it is, and where its like are
+        places = places_of(things.boxes.to(look), things.kinds, (size, size))
+        return torch.cat([look, self.place(places.own, places.alike)], -1)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #a01a912e
+# %% ../../nbs/rivals/19_nmtree.ipynb #61c279b4
 class NMTreeConfig(ChooserConfig):
     "Every switch of NMTree; the defaults are the widths of the official code."
     emb_dim: Width = Field(300, description="of a word: GloVe's")
@@ -360,7 +322,7 @@ class NMTreeConfig(ChooserConfig):
         'grammar', description="where trees come from: 'grammar' of RefShapes, 'spacy', "
                                "'chain' (no parse: each word hangs on the word before)")
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #4ea210ba
+# %% ../../nbs/rivals/19_nmtree.ipynb #9f966c56
 class Reading(NamedTuple):
     "What the network thinks on the way up a tree."
     scores: torch.Tensor   # (B,K): the answer
@@ -392,7 +354,7 @@ class NMTree(ChooserNet):
         self.single, self.pair = Single(v, d), Pair(v, d)
     def look(self, maps, things): return (self.regions(maps, things),)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #da7ebfc3
+# %% ../../nbs/rivals/19_nmtree.ipynb #ba02cad7
 @patch
 def embed(self:NMTree,
     tokens,  # (B,T)
@@ -420,7 +382,7 @@ def phrases(self:NMTree,
     weights = logits.masked_fill(~shape.below[:, None], -math.inf).softmax(-1)
     return weights @ e[:, None], weights
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #8603af4e
+# %% ../../nbs/rivals/19_nmtree.ipynb #b95efb6b
 @patch
 def climb(self:NMTree,
     v,      # (B,K,d_region)
@@ -458,7 +420,7 @@ def climb(self:NMTree,
     nodes, pointed = (_in_rows(shape.levels[::-1], x, shape) for x in (handed, pointed))
     return Reading(answer.masked_fill(~real, -math.inf), nodes, pointed, z, weights)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #cd7107bf
+# %% ../../nbs/rivals/19_nmtree.ipynb #86b34506
 @patch
 def read(self:NMTree,
     regions, # (B,K,d_region), from `look`
@@ -478,7 +440,7 @@ def scores(self:NMTree, regions, things, tokens, lengths, inputs):
     "As `ChooserNet.scores`."
     return self.read(regions[0], things, tokens, inputs).scores
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #45b7969b
+# %% ../../nbs/rivals/19_nmtree.ipynb #472c767e
 _TYPES = 'lang', 'vis'  # the order of the types in all weights
 
 def _lstm_weights(state, name):
@@ -516,14 +478,14 @@ def official_weights(
         out |= {f'{ours}.{k}': v for k, v in _lstm_weights(state, theirs).items()}
     return out
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #a39693fe
+# %% ../../nbs/rivals/19_nmtree.ipynb #9276b4c4
 def slow_decay(
     done:float,  # share of training, 0 … 1
 )->float:        # factor of the learning rate
     "Nine tenths after each quarter: every ten of the official code's forty epochs."
     return .9**int(4*done)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #efdec0a4
+# %% ../../nbs/rivals/19_nmtree.ipynb #271c33a5
 class NMTreeMethod(Chooser):
     "NMTree: modules assembled along the dependency tree."
     name, title, config = 'nmtree', 'NMTree', NMTreeConfig
