@@ -36,7 +36,7 @@ SCHEMA = _object(('run', 'experiment', 'dataset', 'preset', 'seed', 'metrics'),
     hardware={'type': 'object'}, parameters=_number, gflops=_number, peak_memory_mb=_number,
     backbone={'type': ['object', 'null']}, finishes=_each(_each(_each(_number))),
     thresholds=_each(_each(_number)), threshold=_number, milliseconds=_each(_number),
-    parts=_each(_each(_number)))
+    parts=_each(_each(_number)), things={'type': 'object'})
 
 def load_arrays(
     path,  # .npz of a run, perhaps a stranger's

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'Run', 'prepare', 'Scored', 'score_run', 'environment', 'peak_memory_mb', 'write_result']
 
 # %% ../../nbs/training/09_run.ipynb #be8e7110
-import hashlib, importlib.metadata, json, os, platform, resource, subprocess, sys, time
+import hashlib, importlib, importlib.metadata, json, os, platform, resource, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +38,7 @@ class Run:
         # filled by `prepare`
         self.acc = self.refer = self.vocab = self.fingerprint = None
         self.weights = self.backbone = self.source = self.model = None
+        self.things = None  # which candidates a run that chooses has seen
 
     @property
     def checkpoint(self): return self.folder/'checkpoint.pt'
@@ -77,6 +78,8 @@ def prepare(
     run.backbone, tail, channels = open_backbone(config, run.weights)
     run.source = open_features(config, run.refer, run.backbone, run.fingerprint, out,
                                run.acc.device)
+    if run.method.things:  # rooms of the other methods do not depend on this one
+        run.source = importlib.import_module('lts_nb.training.candidates').with_things(run, channels)
     vectors = Path(root)/config.data.vectors if config.data.vectors else None
     torch.manual_seed(config.seed)  # what was opened before may have drawn
     run.model = build_model(config, run.vocab, channels, tail, vectors, run.out/'shared'/'vectors')
@@ -218,7 +221,7 @@ def write_result(
         controls={s: {'swapped': m} for s, m in scored.swapped.items()}, finishes=scored.finishes,
         thresholds=scored.thresholds, threshold=scored.threshold,
         milliseconds=scored.milliseconds, history=history,
-        fingerprint=run.fingerprint,
+        fingerprint=run.fingerprint, **({'things': run.things} if run.things else {}),
         backbone=dict(file=run.weights.name, md5=_md5(run.weights), weights=c.backbone.weights),
         code=dict(version=_version('lts-kit'), commit=_commit(), modules=modules), **environment(),
         seconds=seconds, peak_memory_mb=peak_memory_mb(), peak_gpu_mb=gpu_mb,
