@@ -7,7 +7,7 @@ __all__ = ['TAGS', 'LABELS', 'rule_tags', 'rule_labels', 'Tree', 'tree_of', 'tre
            'node_types', 'TypedLSTM', 'Single', 'Pair', 'Regions', 'NMTreeConfig', 'Reading', 'NMTree',
            'official_weights', 'slow_decay', 'NMTreeMethod']
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #d30595b7
+# %% ../../nbs/rivals/19_nmtree.ipynb #f33b2feb
 import math
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -25,7 +25,7 @@ from .mattnet import Location, Scaled, mean_of_windows, places_of
 from .proposals import Chooser, ChooserConfig, ChooserNet
 from ..settings import Width
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #72c62161
+# %% ../../nbs/rivals/19_nmtree.ipynb #be904b66
 _NOUN = {noun for nouns in NOUNS.values() for noun in nouns}
 _SIDE = {'left', 'right', 'top', 'bottom', 'middle'}
 # closed classes of English as far as short expressions need them; the names are the Penn Treebank's
@@ -57,7 +57,7 @@ def rule_labels(
         else: out.append(_DEP_OF.get((tag, tags[head]), 'dep'))
     return tuple(out)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #a3f4a2d7
+# %% ../../nbs/rivals/19_nmtree.ipynb #47af7923
 class Tree(NamedTuple):
     "The nodes of a sentence, in the order of its words."
     at: tuple      # place of each node's word in the sentence
@@ -95,7 +95,7 @@ def tree_of(
     if how == 'spacy': return _by_spacy(words, kept)
     return _by_rule(words, kept, {'grammar': grammar_heads, 'chain': chain_heads}[how])
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #ef398a29
+# %% ../../nbs/rivals/19_nmtree.ipynb #cbc7302d
 TAGS = tuple('''XX CC CD DT EX FW IN JJ JJR JJS LS MD NN NNP NNPS NNS PDT POS PRP PRP$ RB RBR RBS
 RP SYM TO UH VB VBD VBG VBN VBP VBZ WDT WP WP$ WRB ADD AFX HYPH NFP . , : `` '' "" -LRB- -RRB-
 $ #'''.split())
@@ -116,12 +116,14 @@ def tree_tensors(
         columns['heads'].append(tree.heads)
         columns['tags'].append([_TAG_NUMBER.get(t, 1) for t in tree.tags])
         columns['labels'].append([_LABEL_NUMBER.get(t, 1) for t in tree.labels])
-    fill = {'heads': -1}
-    return {name: nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True,
-                                            padding_value=fill.get(name, 0))
-            for name, rows in columns.items()}
+    out = {}
+    for name, rows in columns.items():
+        rows = [torch.tensor(row) for row in rows]
+        fill = -1 if name == 'heads' else 0
+        out[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+    return out
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #2194bad8
+# %% ../../nbs/rivals/19_nmtree.ipynb #9e1ff216
 class Level(NamedTuple):
     "The nodes of one depth, of all trees of a batch."
     at: torch.Tensor      # (M,) number of each node among all B·N
@@ -154,7 +156,7 @@ def shape_of(
         rank[at] = torch.arange(len(at), device=at.device)
     return Shape(below, real, levels)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #efb88ad7
+# %% ../../nbs/rivals/19_nmtree.ipynb #42e11d40
 def node_types(
     logits,        # (B,N,2): language, visual
     training:bool, # with noise, and a gradient through the choice
@@ -164,7 +166,7 @@ def node_types(
     if training: return F.gumbel_softmax(logits, tau, hard=True)
     return F.one_hot(logits.argmax(-1), 2).to(logits.dtype)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #75b5db08
+# %% ../../nbs/rivals/19_nmtree.ipynb #4ce38a6f
 def _summed(values, places, n):
     "Rows of `values` added up at their places: n rows."
     return values.new_zeros(n, *values.shape[1:]).index_add(0, places, values)
@@ -189,27 +191,30 @@ class TypedLSTM(nn.Module):
     )->torch.Tensor: # (B·N,2,4,hidden)
         "What the nodes add to the gates, for all of them at once."
         return self.own(e).view(-1, 2, 4, self.hidden)
-    def step(self,
-        own,     # (M,2,4,hidden) rows of `gates`
-        z,       # (M,2) types
-        c, h,    # (C,hidden) states of the children; None: there are none
-        parent,  # (C,) for each child, which of the M nodes it belongs to
-    ):           # states c, h of the M nodes, (M,hidden)
-        "One level."
-        M, gates, kept = len(own), own[:, :, :3], 0
-        if c is not None:
-            gates = gates + self.all(_summed(h, parent, M)).view(M, 2, 3, -1)
-            # a child is forgotten by its own measure
-            forget = (self.each(h).view(-1, 2, self.hidden) + own[parent, :, 3]).sigmoid()
-            kept = _summed(forget*c[:, None], parent, M)
-        i, o, u = gates.unbind(2)
-        new = i.sigmoid()*u.tanh() + kept
-        out = o.sigmoid()*new.tanh()
-        # the type chooses between the two sets
-        c, h = ((z[:, :, None]*both).sum(1) for both in (new, out))
-        return c, self.drop(h)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #1504cd46
+# %% ../../nbs/rivals/19_nmtree.ipynb #cac9fd50
+@patch
+def step(self:TypedLSTM,
+    own,     # (M,2,4,hidden) rows of `gates`
+    z,       # (M,2) types
+    c, h,    # (C,hidden) states of the children; None: there are none
+    parent,  # (C,) for each child, which of the M nodes it belongs to
+):           # states c, h of the M nodes, (M,hidden)
+    "One level."
+    M, gates, kept = len(own), own[:, :, :3], 0
+    if c is not None:
+        gates = gates + self.all(_summed(h, parent, M)).view(M, 2, 3, -1)
+        # a child is forgotten by its own measure
+        forget = (self.each(h).view(-1, 2, self.hidden) + own[parent, :, 3]).sigmoid()
+        kept = _summed(forget*c[:, None], parent, M)
+    i, o, u = gates.unbind(2)
+    new = i.sigmoid()*u.tanh() + kept
+    out = o.sigmoid()*new.tanh()
+    # the type chooses between the two sets
+    c, h = ((z[:, :, None]*both).sum(1) for both in (new, out))
+    return c, self.drop(h)
+
+# %% ../../nbs/rivals/19_nmtree.ipynb #531a017c
 def _in_rows(levels, values, shape):
     "Values of all levels back at their nodes; 0 at padding."
     B, N = shape.real.shape
@@ -246,7 +251,7 @@ def down(self:TypedLSTM, e, z, shape):
         out.append(h)
     return _in_rows(shape.levels, out, shape)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #8d1302cf
+# %% ../../nbs/rivals/19_nmtree.ipynb #f09c0401
 class Single(nn.Module):
     "How well does a region fit a phrase? w · norm(W v ⊙ r)."
     def __init__(self,
@@ -282,7 +287,7 @@ class Pair(nn.Module):
         x = (u + self.other(them)[:, None])*r[:, None]
         return F.normalize(x, dim=-1) @ self.out.weight[0]
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #12c4ac10
+# %% ../../nbs/rivals/19_nmtree.ipynb #ec726d35
 class Regions(nn.Module):
     "A thing as a vector: the mean of each map in its box, and its place."
     def __init__(self,
@@ -307,7 +312,7 @@ class Regions(nn.Module):
         places = places_of(things.boxes.to(look), things.kinds, (size, size))
         return torch.cat([look, self.place(places.own, places.alike)], -1)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #61c279b4
+# %% ../../nbs/rivals/19_nmtree.ipynb #49aaf0fb
 class NMTreeConfig(ChooserConfig):
     "Every switch of NMTree; the defaults are the widths of the official code."
     emb_dim: Width = Field(300, description="of a word: GloVe's")
@@ -322,7 +327,7 @@ class NMTreeConfig(ChooserConfig):
         'grammar', description="where trees come from: 'grammar' of RefShapes, 'spacy', "
                                "'chain' (no parse: each word hangs on the word before)")
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #9f966c56
+# %% ../../nbs/rivals/19_nmtree.ipynb #a8a5fa5f
 class Reading(NamedTuple):
     "What the network thinks on the way up a tree."
     scores: torch.Tensor   # (B,K): the answer
@@ -354,7 +359,7 @@ class NMTree(ChooserNet):
         self.single, self.pair = Single(v, d), Pair(v, d)
     def look(self, maps, things): return (self.regions(maps, things),)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #ba02cad7
+# %% ../../nbs/rivals/19_nmtree.ipynb #716c2590
 @patch
 def embed(self:NMTree,
     tokens,  # (B,T)
@@ -382,7 +387,22 @@ def phrases(self:NMTree,
     weights = logits.masked_fill(~shape.below[:, None], -math.inf).softmax(-1)
     return weights @ e[:, None], weights
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #b95efb6b
+# %% ../../nbs/rivals/19_nmtree.ipynb #8038f900
+@patch
+def compare(self:NMTree,
+    o,     # (M,K): which thing each node points at
+    real,  # (M,K) bool: no padding
+    v,     # (M,K,d_region)
+    u,     # (M,K,d): `pair.region` of it
+    r,     # (M,d): phrases of the relation
+)->torch.Tensor: # (M,K)
+    "A visual node: all things beside the one that is pointed at."
+    # a number instead of -inf, because a picture may have no thing at all
+    share = o.masked_fill(~real, torch.finfo(o.dtype).min).softmax(-1)
+    them = (share[:, None] @ v)[:, 0]
+    return self.pair(u, them, r)
+
+# %% ../../nbs/rivals/19_nmtree.ipynb #50a84c17
 @patch
 def climb(self:NMTree,
     v,      # (B,K,d_region)
@@ -398,29 +418,25 @@ def climb(self:NMTree,
     fits, asked = (self.single(u, r[:, k]).flatten(0, 1) for k in (0, 2))
     related, types = r[:, 1].flatten(0, 1), z.flatten(0, 1)
     handed, pointed, below, places = [], [], None, None
-    for level in reversed(shape.levels):
-        score, o = fits[level.at], asked[level.at]
+    for at, parent in reversed(shape.levels):
+        score, o = fits[at], asked[at]
         if below is not None:
-            # language: the sum of the children
-            total = _summed(below, places, len(level.at))
-            # visual: all things beside the one that the children point at
-            o, row = o + total, level.at//e.shape[1]
-            share = o.masked_fill(~real[row], torch.finfo(o.dtype).min).softmax(-1)
-            them = (share[:, None] @ v[row])[:, 0]
-            both = torch.stack([total, self.pair(w[row], them, related[level.at])], 1)
-            chosen = (types[level.at, :, None]*both).sum(1)
-            inner = torch.bincount(places, minlength=len(level.at)) > 0
-            score = torch.where(inner[:, None], chosen, score)
+            # language: the sum of the children; visual: a comparison
+            total, row = _summed(below, places, len(at)), at//e.shape[1]
+            o = o + total
+            both = torch.stack([total, self.compare(o, real[row], v[row], w[row], related[at])], 1)
+            inner = torch.bincount(places, minlength=len(at)) > 0
+            score = torch.where(inner[:, None], (types[at, :, None]*both).sum(1), score)
         handed.append(score)
         pointed.append(o)
-        below, places = score, level.parent
+        below, places = score, parent
     # a root of the type language speaks for itself as well
     root = shape.levels[0].at
     answer = below + (types[root, :1] > .5)*fits[root]
     nodes, pointed = (_in_rows(shape.levels[::-1], x, shape) for x in (handed, pointed))
     return Reading(answer.masked_fill(~real, -math.inf), nodes, pointed, z, weights)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #86b34506
+# %% ../../nbs/rivals/19_nmtree.ipynb #6f63ff12
 @patch
 def read(self:NMTree,
     regions, # (B,K,d_region), from `look`
@@ -440,7 +456,7 @@ def scores(self:NMTree, regions, things, tokens, lengths, inputs):
     "As `ChooserNet.scores`."
     return self.read(regions[0], things, tokens, inputs).scores
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #472c767e
+# %% ../../nbs/rivals/19_nmtree.ipynb #bc71069f
 _TYPES = 'lang', 'vis'  # the order of the types in all weights
 
 def _lstm_weights(state, name):
@@ -453,8 +469,10 @@ def _lstm_weights(state, name):
             'own.bias': rows(own, 'bias') + rows(hidden, 'bias'),
             'all.weight': rows(hidden[::2], 'weight'), 'each.weight': rows(hidden[1::2], 'weight')}
 
+# %% ../../nbs/rivals/19_nmtree.ipynb #aa4e1e9d
+# the same for everything that a softmax compares
 _NO_EFFECT = ('single_score.fc.bias', 'pair_score.fc.bias', 'sbj_attn_logit.bias',
-              'rlt_attn_logit.bias', 'obj_attn_logit.bias')  # the same for all that a softmax compares
+              'rlt_attn_logit.bias', 'obj_attn_logit.bias')
 
 def official_weights(
     state:dict,  # name -> tensor, as the official `NMTreeModel` calls its weights
@@ -478,14 +496,14 @@ def official_weights(
         out |= {f'{ours}.{k}': v for k, v in _lstm_weights(state, theirs).items()}
     return out
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #9276b4c4
+# %% ../../nbs/rivals/19_nmtree.ipynb #30e91ea0
 def slow_decay(
     done:float,  # share of training, 0 … 1
 )->float:        # factor of the learning rate
     "Nine tenths after each quarter: every ten of the official code's forty epochs."
     return .9**int(4*done)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #271c33a5
+# %% ../../nbs/rivals/19_nmtree.ipynb #18b8f5f7
 class NMTreeMethod(Chooser):
     "NMTree: modules assembled along the dependency tree."
     name, title, config = 'nmtree', 'NMTree', NMTreeConfig
@@ -493,7 +511,7 @@ class NMTreeMethod(Chooser):
     betas, clip, schedule = (.8, .999), .1, staticmethod(slow_decay)
     widths = {
         'smoke': dict(emb_dim=16, tag_dim=4, label_dim=4, hidden=16, look=12, place=8),
-        'cpu': dict(emb_dim=100, tag_dim=8, label_dim=8, hidden=128, look=96, place=96),
+        'cpu': dict(emb_dim=100, tag_dim=8, label_dim=8, hidden=256, look=96, place=96),
         'paper': dict(tree='spacy'),
     }
     notes = ('x',)
