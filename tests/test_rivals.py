@@ -9,7 +9,7 @@ from lts_nb.training.practice import by_heart, practice_batch, practice_set
 load_methods()
 RIVALS = sorted(m for m, method in METHODS.items() if type(method).__module__.startswith('lts_nb.rivals'))
 # settings for sentences of made-up words: no grammar has a tree for them
-MADE_UP = {'lscm': {'tree': 'chain'}}
+MADE_UP = dict.fromkeys(('lscm', 'nmtree'), {'tree': 'chain'})
 
 
 def settings_of(name, preset='smoke', **changes):

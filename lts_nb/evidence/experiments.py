@@ -50,7 +50,7 @@ EXPERIMENTS = {
 EXTRA = 'emb50', 'glove50'  # in no table: run by name
 
 # the earlier methods of Table 1, each at its own settings
-RIVALS = 'rmi', 'dmn', 'rrn', 'mattnet', 'cmsa', 'bcam', 'cmpc', 'mcn', 'lscm', 'cgan'
+RIVALS = 'rmi', 'dmn', 'rrn', 'mattnet', 'nmtree', 'cmsa', 'bcam', 'cmpc', 'mcn', 'lscm', 'cgan'
 EXPERIMENTS |= {name: {'method': name} for name in (*RIVALS, 'cmpc-seg')}
 
 # the search for each method's learning rate, on data that is never graded (preset dev)
@@ -78,6 +78,9 @@ ROWS = [
     Row('1', 'RRN', 'rrn@crf', _TWO),
     Row('1', 'RRN, no CRF', 'rrn', _TWO),
     Row('1', 'MAttNet', 'mattnet', _ALL),
+    Row('1', 'MAttNet, annotated boxes', 'mattnet@truth', _ALL),
+    Row('1', 'NMTree', 'nmtree', _ALL),
+    Row('1', 'NMTree, annotated boxes', 'nmtree@truth', _ALL),
     Row('1', 'CMSA', 'cmsa@crf', _TWO),
     Row('1', 'CMSA, no CRF', 'cmsa', _TWO),
     Row('1', 'BCAM', 'bcam@crf', _TWO),
