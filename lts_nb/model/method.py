@@ -66,6 +66,7 @@ class Method:
     needs = ('mask',)      # targets that a batch carries: names of `data.dataset.TARGETS`
     threshold = .5         # a pixel is object above this probability; None: chosen on val
     finishes = ('plain',)  # from probability to mask, its own way first: plain, crf, or of `finish`
+    things = False         # its features end with candidate objects: `rivals.proposals.Things`
     notes = ()             # sentences that its row carries, such as 'It learns from boxes too.'
 
     def build(self,

@@ -176,8 +176,10 @@ class _Batches(Dataset):
         place = {image_id: k for k, image_id in enumerate(pictures)}
         b['picture'] = torch.tensor([place[image_id] for image_id in b['images']])
         # live features: images are opened here, the backbone runs later on the device
-        if isinstance(self.source, LiveFeatures):
-            return b | {'pixels': self.source.images(pictures)}
+        if hasattr(self.source, 'of_images'):
+            b['pixels'] = self.source.images(pictures)
+            if hasattr(self.source, 'things'): b['things'] = self.source.things(pictures)
+            return b
         return b | {'features': self.source(pictures)}
 
 def loader(
@@ -210,7 +212,8 @@ def on_device(
     rows=True,   # False: features with a row a picture, for `Method.look`
 )->tuple:        # (features, batch): tensors on the device, but for `lengths`, which packing wants on the CPU
     "A batch where the model is."
-    features = source.of_images(batch['pixels']) if 'pixels' in batch else batch['features']
+    if 'pixels' in batch: features = (*source.of_images(batch['pixels']), *batch.get('things', ()))
+    else: features = batch['features']
     moved = {k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)
              and k not in ('lengths', 'pixels')}
     features = tuple(f.to(device) for f in features)

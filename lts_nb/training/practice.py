@@ -17,7 +17,8 @@ from ..data.text import Vocab, build_vocab
 from ..model.darknet import Darknet53
 from ..model.method import Method
 from ..settings import Config
-from .features import LiveFeatures
+from ..rivals.proposals import KeptThings, annotated_things
+from .features import LiveFeatures, WithThings
 from .opening import SHIPPED
 from .pretrain import load_backbone
 
@@ -54,6 +55,9 @@ def practice_set(
     first = {}
     for row, (ref, _) in enumerate(samples.rows): first.setdefault(ref.image_id, row)
     source = LiveFeatures(refer, backbone, 128)
+    if method.things:  # the annotated objects serve as the detected ones
+        known = KeptThings(annotated_things(refer, sorted(refer.images), 128), 128)
+        source = WithThings(source, known, known)
     return Practice(samples, vocab, backbone.channels, source, list(first.values())[:n])
 
 def practice_batch(
