@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REGIONS', 'regions', 'regional_response', 'RegionFilters', 'SentenceEnds', 'Captioner', 'caption_loss',
-           'caption_cells', 'inside']
+           'caption_cells', 'inside', 'modulate', 'referred', 'surest', 'Lang2segConfig', 'Lang2segOutput', 'Lang2seg',
+           'Lang2segMethod']
 
 # %% ../../nbs/rivals/20_lang2seg.ipynb #20a00005
 from typing import Literal, NamedTuple
@@ -22,6 +23,9 @@ from ..model.losses import bce, downsample_mask
 from ..model.method import Method, register
 from ..model.segment import Segment
 from .cells import to_grid
+from .mcn import corners
+from .proposals import Head, HeadConfig, HeadOutput, Things
+from .proposals import dynamic_masks, instance_losses
 from ..settings import Config, Rates, Width
 
 # %% ../../nbs/rivals/20_lang2seg.ipynb #20a00010
@@ -194,3 +198,196 @@ def inside(
 )->torch.Tensor: # (B,1,h,w) of 0 and 1: cells of which the object covers half or more
     "The object's mask on a coarser grid."
     return (F.adaptive_avg_pool2d(mask, size) >= .5).to(mask)
+
+# %% ../../nbs/rivals/20_lang2seg.ipynb #20a00050
+def modulate(
+    maps,  # F_v1, F_v2, F_v3
+    gate,  # (B,1,H/16,W/16)
+)->tuple:  # the same three, every cell times its value of the gate
+    "No map goes past the gate: what the sentence turns down must not leak into the head."
+    v1, v2, v3 = maps
+    coarse = F.interpolate(gate, size=v1.shape[-2:], mode='area')
+    return v1*coarse, v2*gate, v3*upsample_to(gate, v3.shape[-2:])
+
+# %% ../../nbs/rivals/20_lang2seg.ipynb #20a00070
+def referred(
+    boxes,  # (B,4): middle x and y, width, height as shares of the input's side
+    masks,  # (B,1,H/4,W/4) of 0 and 1
+)->Things:  # of B pictures, one each; its category is 0
+    "The referred object as the only thing in its picture: what the head has to find."
+    size = 4*masks.shape[-1]
+    one = torch.ones(len(boxes), 1, device=boxes.device)
+    return Things(size*corners(boxes)[:, None], torch.zeros_like(one, dtype=torch.long), one,
+                  masks > 0)
+
+def surest(
+    found:HeadOutput, # of B pictures, one category
+    hidden:int=8,     # channels within a dynamic mask head
+)->tuple:             # logits (B,1,H/4,W/4) of the surest location's mask, its number (B,)
+    "The location with the highest score answers: without a threshold, so that one always does."
+    # class and centre-ness, as among candidates
+    score = F.logsigmoid(found.logits[..., 0]) + F.logsigmoid(found.centre)
+    at = score.argmax(1)
+    rows = torch.arange(len(at), device=at.device)
+    masks = dynamic_masks(found.features, found.controls[rows, at], rows, found.places[at],
+                          found.strides[at], hidden)
+    return masks[:, None], at
+
+# %% ../../nbs/rivals/20_lang2seg.ipynb #20a00080
+class Lang2segConfig(Config):
+    "Every switch of Lang2seg; the defaults are the official code's widths where it has them."
+    part = 'model configuration'
+    emb_dim: Width = Field(300, description="of a word: GloVe's")
+    lstm_dim: Width = Field(512, description='of the LSTM, per direction')
+    d: Width = Field(1024, description='D: channels of the map that is filtered')
+    dropout: float = Field(.5, ge=0, lt=1, description="on words, and within the captioner")
+    freeze_vectors: bool = Field(False, description='word embeddings stay as they are')
+    modulation: Literal['product', 'response'] = Field(
+        'product', description='F ⊙ R; or F ⊙ σ(R), and R is held against the mask')
+    scale_response: bool = Field(False, description='divide R by √D')
+    head: Literal['instance', 'dense'] = Field(
+        'instance', description='a detector with masks; or the Seg of LTS, cell by cell')
+    instance: HeadConfig = Field(HeadConfig(), strict=False, description="the detector's switches")
+    aspp_width: Width = Field(256, description='of the dense head')
+    aspp_rates: Rates = Field((6, 12, 18), description='of the dense head')
+    lam_cap: float = Field(1., ge=0, le=1e4, description='λ of the caption; 0: no captioner')
+    cap_units: Width = Field(512, description='of the captioner')
+    cap_side: int = Field(14, ge=1, le=64, description='side of the grid that it looks at')
+    cap_warmup: int = Field(21_000, ge=0, le=10**9,
+                            description='steps in which it learns on F itself')
+
+# %% ../../nbs/rivals/20_lang2seg.ipynb #20a00081
+class Lang2segOutput(NamedTuple):
+    "What the network answers; `mask` in any mode, the rest for the losses and for looking."
+    mask: torch.Tensor      # (B,1,H/4,W/4) logits
+    response: torch.Tensor  # R (B,1,H/16,W/16)
+    found: tuple = None     # `HeadOutput` of the instance head
+    said: torch.Tensor = None # (B,T+1,vocab_size) logits of the captioner; training only
+
+class Lang2seg(nn.Module):
+    "Seven regional filters, a head on what they let through, and a captioner beside it."
+    def __init__(self,
+        cfg:Lang2segConfig, # the switches
+        channels,       # of F_v1, F_v2, F_v3
+        vocab_size:int, # rows of the embedding
+        vectors=None,   # (vocab_size, emb_dim) initial embeddings
+        tail=None,      # trainable end of the backbone; None: all is frozen
+    ):
+        super().__init__()
+        self.cfg, d = cfg, cfg.d
+        self.tail = nn.Identity() if tail is None else tail
+        self.language = SentenceEnds(vocab_size, cfg.emb_dim, cfg.lstm_dim, cfg.dropout,
+                                     vectors, cfg.freeze_vectors)
+        # ReLU, because the map that the official code filters is not negative
+        self.cells = nn.Sequential(nn.Conv2d(sum(channels), d, 1, bias=False),
+                                   nn.BatchNorm2d(d), nn.ReLU())
+        self.filters = RegionFilters(2*cfg.lstm_dim, d)
+        self.dense = cfg.head == 'dense'
+        if self.dense: self.head = Segment(d, cfg.aspp_width, cfg.aspp_rates, prior=False)
+        else: self.head = Head(cfg.instance, channels, 1)
+        self.captioner = Captioner(vocab_size, 2*d, cfg.cap_units, cfg.dropout) \
+            if cfg.lam_cap else None
+        # how often it has trained: kept with the weights, so that an interrupted run goes on
+        self.register_buffer('steps', torch.zeros((), dtype=torch.long))
+
+# %% ../../nbs/rivals/20_lang2seg.ipynb #20a00082
+@patch
+def see(self:Lang2seg,
+    features,  # F_v1 before the tail, F_v2, F_v3
+)->tuple:      # F (B,D,H/16,W/16), F_v1, F_v2, F_v3
+    "What the picture alone decides."
+    maps = self.tail(features[0]), *features[1:]
+    size = maps[1].shape[-2:]
+    joined = torch.cat([upsample_to(maps[0], size), maps[1], F.avg_pool2d(maps[2], 2)], 1)
+    return self.cells(joined), *maps
+
+@patch
+def answer(self:Lang2seg,
+    seen,      # from `see`, a row a sentence
+    tokens,    # (B,T), padded with 0
+    lengths,   # (B,)
+    truth=None,# (B,1,H/4,W/4): the object's mask, which only the captioner reads
+)->Lang2segOutput:
+    "The network behind `see`."
+    cells, *maps = seen
+    # the sentence makes seven filters, and they one map
+    kernels, weights = self.filters(self.language(tokens, lengths))
+    R = regional_response(cells, kernels, weights)
+    if self.cfg.scale_response: R = R/self.cfg.d**.5
+    gate = R.sigmoid() if self.cfg.modulation == 'response' else R
+    # the head sees what the gate lets through
+    filtered, found = cells*gate, None
+    if self.dense: mask = self.head(upsample_to(filtered, maps[2].shape[-2:]))
+    else:
+        found = self.head(modulate(maps, gate))
+        mask, _ = surest(found, self.cfg.instance.hidden)
+    # and the captioner says what it sees there
+    said = None if truth is None or self.captioner is None else \
+        self.say(cells, filtered, truth, tokens)
+    return Lang2segOutput(mask, R, found, said)
+
+@patch
+def forward(self:Lang2seg, features, tokens, lengths, truth=None):
+    "(v1 before the tail, v2, v3), tokens (B,T), lengths (B,), mask in training -> Lang2segOutput"
+    return self.answer(self.see(features), tokens, lengths, truth)
+
+# %% ../../nbs/rivals/20_lang2seg.ipynb #20a00083
+@patch
+def say(self:Lang2seg,
+    cells,     # F (B,D,h,w)
+    filtered,  # F′ (B,D,h,w)
+    truth,     # (B,1,H/4,W/4)
+    tokens,    # (B,T)
+)->torch.Tensor: # (B,T+1,vocab_size) logits
+    "The caption. At first the captioner learns alone, on F without filters."
+    if self.steps < self.cfg.cap_warmup: filtered = cells = cells.detach()
+    self.steps += 1
+    # official: the filtered map and its object, or with 'response' the map before and after
+    pair = (cells, filtered) if self.cfg.modulation == 'response' else \
+        (filtered, filtered*inside(truth, filtered.shape[-2:]))
+    return self.captioner(caption_cells(*pair, self.cfg.cap_side), tokens)
+
+# %% ../../nbs/rivals/20_lang2seg.ipynb #20a00090
+class Lang2segMethod(Method):
+    "Lang2seg: regional filters, a detector for the one object, a caption that must come back."
+    name, title, config = 'lang2seg', 'Lang2seg', Lang2segConfig
+    needs = ('mask', 'box')
+    notes = ('It learns from boxes as well as from masks, as all detectors do.',)
+    widths = {'smoke': dict(emb_dim=16, lstm_dim=16, d=16, cap_units=16, cap_side=4, cap_warmup=2,
+                            instance=dict(width=16, levels=2, depth=1, shared=True, controller=1,
+                                          mask_depth=1),
+                            aspp_width=8, aspp_rates=(2, 4, 6)),
+              'cpu': dict(emb_dim=100, lstm_dim=128, d=96, cap_units=64, cap_side=7,
+                          cap_warmup=150,
+                          instance=dict(width=48, levels=2, depth=2, shared=True, controller=1,
+                                        mask_depth=2),
+                          aspp_width=32, aspp_rates=(2, 4, 6)),
+              'gpu': dict(cap_warmup=1200)}
+    def build(self, cfg, channels, vocab, vectors=None, tail=None):
+        return Lang2seg(cfg, channels, len(vocab), vectors, tail)
+    def forward(self, model, features, batch):
+        truth = batch['mask'] if model.training else None
+        return model(features, batch['tokens'], batch['lengths'], truth)
+    def look(self, model, features): return model.see(features)
+    def answer(self, model, looked, batch):
+        return model.answer(looked, batch['tokens'], batch['lengths'])
+    def loss(self, cfg, out, batch):
+        if out.found is None: parts = {'seg': bce(out.mask, batch['mask'])}
+        else:
+            thing = referred(batch['box'], batch['mask'])
+            parts = instance_losses(out.found, thing, hidden=cfg.instance.hidden)
+        if cfg.modulation == 'response':
+            inner = downsample_mask(batch['mask'], out.response.shape[-2:])
+            parts['response'] = bce(out.response, inner, 'mean')
+        total = sum(parts.values())
+        if out.said is not None:
+            parts['caption'] = caption_loss(out.said, batch['tokens'], batch['lengths'])
+            total = total + cfg.lam_cap*parts['caption']
+        return total, {name: value.detach() for name, value in parts.items()}
+    def probability(self, out): return out.mask.float().sigmoid()
+    def prior(self, out):
+        h, w = out.response.shape[-2:]
+        return to_grid(out.response.float(), (2*h, 2*w))
+    def stride(self, cfg): return 4
+
+register(Lang2segMethod());
