@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from lts_nb.errors import KitError
-from lts_nb.rivals.lang2seg import (REGIONS, Captioner, RegionFilters, SentenceEnds, caption_cells, caption_loss, inside,
-                                    regional_response, regions)
+from lts_nb.rivals.lang2seg import (REGIONS, Captioner, Lang2seg, Lang2segConfig, Lang2segMethod, RegionFilters, SentenceEnds,
+                                    caption_cells, caption_loss, inside, modulate, referred, regional_response, regions, surest)
+from lts_nb.rivals.proposals import dynamic_masks
 
 TOL = dict(rtol=0, atol=1e-10)
 close = lambda a, b, **kind: torch.testing.assert_close(a, b, **(TOL | kind))
@@ -199,3 +200,223 @@ def test_cells_of_the_captioner_are_averages_in_reading_order():
 def official(golden, part):
     arrays = golden('lang2seg')
     return {k[len(part) + 1:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith(part + '/')}
+
+
+# the network
+
+CHANNELS = 8, 6, 4
+SMALL = dict(emb_dim=8, lstm_dim=6, d=10, cap_units=8, cap_side=4, cap_warmup=0, aspp_width=4, aspp_rates=(2, 4),
+             instance=dict(width=8, levels=2, depth=1, shared=True, controller=1, mask_depth=1))
+FORMS = {'as it is': {}, 'response': dict(modulation='response'), 'scaled': dict(scale_response=True), 'dense': dict(head='dense'),
+         'dense response': dict(head='dense', modulation='response'), 'silent': dict(lam_cap=0.)}
+
+
+def built(seed=0, **changes):
+    torch.manual_seed(seed)
+    cfg = Lang2segConfig(**SMALL | changes)
+    return cfg, Lang2seg(cfg, CHANNELS, 20).double()
+
+
+def a_batch(n=3, side=128, seed=0):
+    features = tuple(draw(n, c, side//s, side//s, seed=seed + s) for c, s in zip(CHANNELS, (32, 16, 8)))
+    tokens = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0], [11, 0, 0, 0]])[:n]
+    mask, box = torch.zeros(n, 1, side//4, side//4, dtype=torch.double), torch.zeros(n, 4)
+    for i in range(n):
+        mask[i, :, 4:12, 4*i + 2:4*i + 10] = 1
+        box[i] = torch.tensor([(4*i + 6)*4/side, 32/side, 32/side, 32/side])
+    return features, dict(tokens=tokens, lengths=(tokens > 0).sum(1), mask=mask, box=box)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_every_form_learns_with_every_parameter(form):
+    cfg, model = built(dropout=0., **FORMS[form])
+    method, (features, batch) = Lang2segMethod(), a_batch()
+    out = method.forward(model.train(), features, batch)
+    loss, parts = method.loss(cfg, out, batch)
+    loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+    assert ('caption' in parts) == (form != 'silent') and ('response' in parts) == ('response' in form)
+    assert ('seg' in parts) == ('dense' in form) and ('class' in parts) == ('dense' not in form)
+    weighed = sum(v*(cfg.lam_cap if k == 'caption' else 1) for k, v in parts.items())
+    close(loss.detach(), weighed)
+    assert out.mask.shape == (3, 1, 32, 32) and out.response.shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_a_picture_looked_at_once_serves_all_its_sentences(form):
+    _, model = built(**FORMS[form])
+    method, (features, batch) = Lang2segMethod(), a_batch()
+    model.eval()
+    with torch.no_grad():
+        plain = method.forward(model, features, batch)
+        looked = method.look(model, features)
+        assert all(len(m) == 3 for m in looked)
+        shared = method.answer(model, looked, batch)
+    for a, b in ((plain.mask, shared.mask), (plain.response, shared.response)): close(a, b)
+    assert plain.said is None
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_only_the_captioner_is_told_the_truth(form):
+    _, model = built(dropout=0., **FORMS[form])
+    features, batch = a_batch()
+    with torch.no_grad():
+        outs = [model.train()(features, batch['tokens'], batch['lengths'], t) for t in (batch['mask'], batch['mask'].flip(2), None)]
+    for other in outs[1:]:
+        close(outs[0].mask, other.mask)
+        close(outs[0].response, other.response)
+    if form == 'silent': assert outs[0].said is None
+    elif 'response' in form: close(outs[0].said, outs[1].said)
+    else: assert not torch.allclose(outs[0].said, outs[1].said)
+
+
+@pytest.mark.parametrize('modulation', ['product', 'response'])
+def test_nothing_goes_past_a_closed_gate(modulation):
+    "R is 0 (or a probability of 0) on the right half: what stands there in the three maps cannot change the head's answer."
+    _, model = built(modulation=modulation)
+    model.eval()
+    features, batch = a_batch()
+    changed = [f.clone() for f in features]
+    for f in changed: f[..., f.shape[-1]//2:] = 7
+    shut = torch.zeros(3, 1, 8, 8, dtype=torch.double)
+    shut[..., :4] = 1
+    with torch.no_grad():
+        a, b = (model.head(modulate(maps, shut)) for maps in (features, changed))
+        c = model.head(changed)
+    close(a.logits, b.logits)
+    close(a.features, b.features)
+    assert not torch.allclose(a.logits, c.logits)
+
+
+def test_the_gate_of_the_head_is_the_response():
+    for modulation in ('product', 'response'):
+        _, model = built(modulation=modulation)
+        features, batch = a_batch()
+        model.eval()
+        with torch.no_grad():
+            out = model(features, batch['tokens'], batch['lengths'])
+            cells = model.see(features)[0]
+            assert cells.min() >= 0
+            R = regional_response(cells, *model.filters(model.language(batch['tokens'], batch['lengths'])))
+            close(out.response, R)
+            gate = R.sigmoid() if modulation == 'response' else R
+            close(out.found.logits, model.head(modulate(features, gate)).logits)
+
+
+def test_scaled_by_the_root_of_the_channels():
+    (_, a), (_, b) = built(), built(scale_response=True)
+    features, batch = a_batch()
+    with torch.no_grad(): x, y = (m.eval()(features, batch['tokens'], batch['lengths']).response for m in (a, b))
+    close(x, y*math.sqrt(10))
+
+
+# the one object, and the one answer
+
+def test_the_referred_object_is_the_only_thing():
+    _, batch = a_batch()
+    things = referred(batch['box'], batch['mask'])
+    assert things.boxes.shape == (3, 1, 4) and things.masks.dtype == torch.bool and (things.kinds == 0).all()
+    for i in range(3):
+        assert things.boxes[i, 0].tolist() == pytest.approx([4*(4*i + 2), 16, 4*(4*i + 10), 48], abs=1e-4)
+        assert torch.equal(things.masks[i, 0], batch['mask'][i, 0] > 0)
+
+
+def test_the_surest_location_answers_however_unsure_it_is():
+    _, model = built()
+    features, batch = a_batch()
+    with torch.no_grad():
+        found = model.eval()(features, batch['tokens'], batch['lengths']).found
+        found = found._replace(logits=draw(*found.logits.shape) - 30, centre=draw(*found.centre.shape, seed=1))
+        masks, at = surest(found)
+    assert masks.shape == (3, 1, 32, 32)
+    for i in range(3):
+        scores = [p.sigmoid().item()*c.sigmoid().item() for p, c in zip(found.logits[i, :, 0], found.centre[i])]
+        best = max(range(len(scores)), key=lambda k: scores[k])
+        assert at[i] == best and scores[best] < 1e-9
+        one = dynamic_masks(found.features[i:i + 1], found.controls[i, best][None], torch.tensor([0]), found.places[best][None],
+                            found.strides[best][None])
+        close(masks[i], one)
+
+
+def test_other_objects_are_background():
+    "The loss falls where the head is sure of the object, and rises where it is sure of a place without it."
+    cfg, model = built(lam_cap=0.)
+    method, (features, batch) = Lang2segMethod(), a_batch()
+    with torch.no_grad():
+        out = method.forward(model.train(), features, batch)
+        losses = []
+        for x, y in ((batch['box'][0, 0]*128, batch['box'][0, 1]*128), (100., 100.)):
+            logits = out.found.logits.clone()
+            away = (out.found.places - torch.tensor([float(x), float(y)])).abs().sum(1)
+            away[out.found.strides > 8] = 1e6
+            logits[0, away.argmin()] += 6
+            losses.append(method.loss(cfg, out._replace(found=out.found._replace(logits=logits)), batch)[1]['class'])
+        plain = method.loss(cfg, out, batch)[1]['class']
+    assert losses[0] < plain < losses[1]
+
+
+# the captioner's two phases
+
+@pytest.mark.parametrize('modulation', ['product', 'response'])
+def test_the_caption_teaches_the_filters_behind_the_warm_up_only(modulation):
+    cfg, model = built(cap_warmup=2, modulation=modulation, dropout=0.)
+    features, batch = a_batch()
+    parts = {'kernels': model.filters.kernels.weight, 'weights': model.filters.weights.weight, 'F': model.cells[0].weight,
+             'lstm': model.language.lstm.weight_hh_l0, 'head': model.head.towers.to_class.weight}
+    for step in range(4):
+        model.zero_grad()
+        out = model.train()(features, batch['tokens'], batch['lengths'], batch['mask'])
+        caption_loss(out.said, batch['tokens'], batch['lengths']).backward()
+        reached = {k for k, p in parts.items() if p.grad is not None and p.grad.abs().max() > 0}
+        assert reached == (set() if step < 2 else {'kernels', 'weights', 'F', 'lstm'})
+        if step >= 2:                                    # every one of the seven
+            assert (parts['kernels'].grad.view(7, -1).abs().amax(1) > 0).all()
+            assert (parts['weights'].grad.abs().amax(1) > 0).all()
+        assert all(p.grad.abs().max() > 0 for p in model.captioner.parameters())
+
+
+def test_the_warm_up_looks_at_the_map_without_filters():
+    _, model = built(cap_warmup=1, dropout=0.)
+    features, batch = a_batch()
+    with torch.no_grad():
+        a = model.train()(features, batch['tokens'], batch['lengths'], batch['mask']).said
+        cells = model.see(features)[0]
+        X = caption_cells(cells, cells*inside(batch['mask'], (8, 8)), 4)
+        close(a, model.captioner(X, batch['tokens']))
+        out = model(features, batch['tokens'], batch['lengths'], batch['mask'])
+        F_ = cells*out.response
+        close(out.said, model.captioner(caption_cells(F_, F_*inside(batch['mask'], (8, 8)), 4), batch['tokens']))
+
+
+def test_the_phase_is_kept_with_the_weights():
+    _, model = built(cap_warmup=5)
+    features, batch = a_batch()
+    for _ in range(3): model.train()(features, batch['tokens'], batch['lengths'], batch['mask'])
+    model.eval()(features, batch['tokens'], batch['lengths'])
+    _, other = built(cap_warmup=5, seed=1)
+    other.load_state_dict(model.state_dict())
+    assert int(other.steps) == 3
+
+
+def test_the_loss_falls_without_any_scale():
+    "The trap of the product: with 256 channels R is large; the head's group norms take it."
+    cfg, model = built(d=256, lam_cap=0., dropout=0.)
+    model.float()
+    method, (features, batch) = Lang2segMethod(), a_batch()
+    features = tuple(f.float() for f in features)
+    optimiser, losses = torch.optim.Adam(model.parameters(), 1e-3), []
+    for _ in range(50):
+        out = method.forward(model.train(), features, batch)
+        loss, _ = method.loss(cfg, out, batch)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < .7*losses[0] and all(map(math.isfinite, losses))
+
+
+def test_settings_come_back_from_plain_values():
+    cfg = Lang2segConfig(**SMALL)
+    assert cfg.instance.width == 8 and Lang2segConfig.read(cfg.plain(), 'here') == cfg
+    for wrong in (dict(head='mask'), dict(modulation='sum'), dict(instance=dict(depth=-1)), dict(lam_cap=-1.)):
+        with pytest.raises(KitError): Lang2segConfig(**SMALL | wrong)
