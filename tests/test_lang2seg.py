@@ -1,6 +1,6 @@
 """Lang2seg: regional filters, captioner and losses against slow ways, and what the method owes.
 
-Official values, where there are some (`lang2seg.npz`): `filters`, `captioner`; tests read them by name and skip without."""
+Official values, where there are some, are read by name from `lang2seg.npz`; the tests skip without them."""
 import math
 
 import pytest
@@ -195,11 +195,93 @@ def test_cells_of_the_captioner_are_averages_in_reading_order():
     close(X[1, 6], torch.cat([a[1, :, 2:4, 4:6].mean((1, 2)), b[1, :, 2:4, 4:6].mean((1, 2))]))
 
 
-# official values, by name
+# official values, by name: lang2seg.npz, if somebody has run parts of the official code. Names as in the kit's other files:
+# filters/weight/d0.weight … d6.bias, r.weight, r.bias; filters/in/h (B,D_h), in/map (B,D,h,w); filters/out/response (B,1,h,w)
+# captioner/weight/NAME (torch's names of att2in2: embed.0, att_embed.0, ctx2att, logit, core.i2h, core.h2h, core.a2c,
+# core.attention.h2att, core.attention.alpha_net); captioner/in/att (B,N,C), in/tokens (B,T); captioner/out/logits (B,T+1,V+1)
 
-def official(golden, part):
-    arrays = golden('lang2seg')
-    return {k[len(part) + 1:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith(part + '/')}
+def filters_state(w):
+    "Seven layers below each other."
+    state = {f'kernels.{k}': torch.cat([w[f'd{i}.{k}'] for i in range(7)]) for k in ('weight', 'bias')}
+    return state | {f'weights.{k}': w[f'r.{k}'] for k in ('weight', 'bias')}
+
+
+def captioner_state(w):
+    "The official captioner's weights by our names: biases that stand in one sum are one, and a softmax does not see its own."
+    u = w['core.h2h.weight'].shape[1]
+    also = torch.cat([torch.zeros(3*u, dtype=w['core.a2c.bias'].dtype), w['core.a2c.bias']])
+    return {'embed.weight': w['embed.0.weight'], 'see.weight': w['att_embed.0.weight'], 'see.bias': w['att_embed.0.bias'],
+            'key.weight': w['ctx2att.weight'], 'key.bias': w['ctx2att.bias'] + w['core.attention.h2att.bias'],
+            'query.weight': w['core.attention.h2att.weight'], 'energy.weight': w['core.attention.alpha_net.weight'],
+            'from_word.weight': w['core.i2h.weight'], 'from_word.bias': w['core.i2h.bias'] + w['core.h2h.bias'] + also,
+            'from_state.weight': w['core.h2h.weight'], 'from_picture.weight': w['core.a2c.weight'],
+            'word.weight': w['logit.weight'], 'word.bias': w['logit.bias']}
+
+
+def hold(part):
+    "Our modules with a part's weights, against its outputs."
+    w, seen, out = ({k.removeprefix(kind + '/'): v for k, v in part.items() if k.startswith(kind + '/')} for kind in ('weight', 'in', 'out'))
+    if 'response' in out:
+        D, d_text = w['d0.weight'].shape
+        filters = RegionFilters(d_text, D).double()
+        filters.load_state_dict(filters_state(w))
+        close(regional_response(seen['map'], *filters(seen['h'])), out['response'], atol=1e-9)
+    else:
+        (V, u), C = w['embed.0.weight'].shape, w['att_embed.0.weight'].shape[1]
+        captioner = Captioner(V, C, u).double().eval()
+        captioner.load_state_dict(captioner_state(w))
+        close(captioner(seen['att'], seen['tokens']).log_softmax(-1), out['logits'].log_softmax(-1), atol=1e-9)
+
+
+@pytest.mark.parametrize('part', ['filters', 'captioner'])
+def test_official_values(golden, part):
+    try: arrays = golden('lang2seg')
+    except FileNotFoundError: pytest.skip('no lang2seg.npz among the golden values')
+    hold({k.removeprefix(part + '/'): torch.from_numpy(v) for k, v in arrays.items() if k.startswith(part + '/')})
+
+
+def official_captioner(w, X, tokens):
+    "att2in2 of one sentence with all its biases, from the weights by their official names."
+    lin = lambda name, x: w[name + '.weight'] @ x + w[name + '.bias']
+    u = w['core.h2h.weight'].shape[1]
+    E = [lin('att_embed.0', x).relu() for x in X]
+    h, c, out = X.new_zeros(u), X.new_zeros(u), []
+    for t in [0, *tokens]:
+        x = w['embed.0.weight'][t].relu()
+        e = torch.stack([lin('core.attention.alpha_net', (lin('ctx2att', v) + lin('core.attention.h2att', h)).tanh())[0] for v in E])
+        z = sum(a*v for a, v in zip(e.softmax(0), E))
+        s = lin('core.i2h', x) + lin('core.h2h', h)
+        i, f, o = s[:3*u].sigmoid().chunk(3)
+        g = torch.maximum(*(s[3*u:] + lin('core.a2c', z)).chunk(2))
+        c = f*c + i*g
+        h = o*c.tanh()
+        out.append(lin('logit', h))
+    return torch.stack(out)
+
+
+def test_official_values_are_read_by_their_names():
+    "The reader of official values, on values that the equations give; it must notice a wrong one."
+    V, u, C, D, d_text = 9, 4, 6, 5, 7
+    shapes = {'att_embed.0': (u, C), 'ctx2att': (u, u), 'core.i2h': (5*u, u), 'core.h2h': (5*u, u), 'core.a2c': (2*u, u),
+              'core.attention.h2att': (u, u), 'core.attention.alpha_net': (1, u), 'logit': (V, u)}
+    w = {'embed.0.weight': draw(V, u, seed=99)}
+    for k, (name, shape) in enumerate(shapes.items()): w |= {name + '.weight': draw(*shape, seed=k), name + '.bias': draw(shape[0], seed=k + 20)}
+    X, tokens = draw(2, 4, C), torch.tensor([[3, 4], [7, 8]])
+    logits = torch.stack([official_captioner(w, x, t.tolist()) for x, t in zip(X, tokens)])
+    part = {f'weight/{k}': v for k, v in w.items()} | {'in/att': X, 'in/tokens': tokens, 'out/logits': logits}
+    hold(part)
+    for name in ('core.a2c.bias', 'core.h2h.bias', 'ctx2att.bias', 'core.attention.h2att.bias'):
+        with pytest.raises(AssertionError): hold(part | {f'weight/{name}': w[name] + 1})
+    w = {f'd{i}.{k}': draw(*s, seed=i + len(s)*10) for i in range(7) for k, s in (('weight', (D, d_text)), ('bias', (D,)))}
+    w |= {'r.weight': draw(7, d_text, seed=50), 'r.bias': draw(7, seed=51)}
+    h, cells = draw(2, d_text, seed=52), draw(2, D, 5, 4, seed=53)
+    r, R = (h @ w['r.weight'].T + w['r.bias']).tanh(), 0
+    for i in range(7):
+        d = (h @ w[f'd{i}.weight'].T + w[f'd{i}.bias']).tanh()
+        R = R + (r[:, i, None, None]*(cells*regions(5, 4, cells)[i]*d[..., None, None]).sum(1))[:, None]
+    part = {f'weight/{k}': v for k, v in w.items()} | {'in/h': h, 'in/map': cells, 'out/response': R}
+    hold(part)
+    with pytest.raises(AssertionError): hold(part | {'weight/d3.weight': w['d4.weight']})
 
 
 # the network
