@@ -287,7 +287,7 @@ def test_official_values_are_read_by_their_names():
 # the network
 
 CHANNELS = 8, 6, 4
-SMALL = dict(emb_dim=8, lstm_dim=6, d=10, cap_units=8, cap_side=4, cap_warmup=0, aspp_width=4, aspp_rates=(2, 4),
+SMALL = dict(lam_cap=.5, emb_dim=8, lstm_dim=6, d=10, cap_units=8, cap_side=4, cap_warmup=0, aspp_width=4, aspp_rates=(2, 4),
              instance=dict(width=8, levels=2, depth=1, shared=True, controller=1, mask_depth=1))
 FORMS = {'as it is': {}, 'response': dict(modulation='response'), 'scaled': dict(scale_response=True), 'dense': dict(head='dense'),
          'dense response': dict(head='dense', modulation='response'), 'silent': dict(lam_cap=0.)}
