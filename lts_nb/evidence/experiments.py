@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'EXTRA', 'RIVALS', 'RATES', 'SIZES_416', 'SPLITS_OF', 'ROWS', 'TABLES', 'ABLATION', 'SHAPES', 'PAPER',
-           'MAX_LEN', 'CPU', 'GPU', 'SMALL_SIZES', 'SHALLOW', 'DARKNET53', 'PRESETS', 'FROZEN', 'PACKAGE', 'Row',
-           'base_of', 'method_for', 'stride_of', 'blind_of', 'Cells', 'as_cells', 'rows', 'preset_of', 'run_name',
-           'run_config', 'runs_for', 'imported_modules', 'module_closure', 'module_hashes', 'run_modules',
+           'MAX_LEN', 'CPU', 'GPU', 'SMALL_SIZES', 'SMALL_HEAD', 'SHALLOW', 'DARKNET53', 'PRESETS', 'FROZEN', 'PACKAGE',
+           'Row', 'base_of', 'method_for', 'stride_of', 'blind_of', 'Cells', 'as_cells', 'rows', 'preset_of',
+           'run_name', 'run_config', 'runs_for', 'imported_modules', 'module_closure', 'module_hashes', 'run_modules',
            'method_hashes', 'run_hashes']
 
 # %% ../../nbs/evidence/02_experiments.ipynb #a8c68482
@@ -199,6 +199,7 @@ GPU = dict(device='auto', precision='bf16', threads=4, workers=6, pretrain_worke
            keep_cache=False)
 # multiples of 32: no row of Table 6 differs by a rounded grid
 SMALL_SIZES = (32, 64, 96, 128, 160, 192)
+SMALL_HEAD = dict(width=48, levels=2, depth=2, shared=True, controller=1, mask_depth=2)
 SHALLOW, DARKNET53 = (1, 1, 2, 2, 1), (1, 2, 8, 8, 4)  # residual blocks a stage
 
 # %% ../../nbs/evidence/02_experiments.ipynb #d754a0e0
@@ -209,14 +210,16 @@ PRESETS = {
         backbone=dict(width=.125, depths=(1, 1, 1, 1, 1), neck=False, tail=0, weights='pretrained'),
         pretrain=dict(images=64, batch=16, lr=4e-3, epochs=2, decay=1, seed=0, threads=1,
                       sizes=(64, 128)),
-        train=dict(epochs=3, decay=2, epoch_refs=36)),
+        train=dict(epochs=3, decay=2, epoch_refs=36),
+        head=dict(head=SMALL_HEAD, images=64, epochs=2, decay=1, check=16)),
     'cpu': dict(
         datasets=SHAPES, recipe=asdict(Recipe(seed=2021)),
         sizes=SMALL_SIZES, large=160, vectors=None, compute=CPU,
         backbone=dict(width=.25, depths=SHALLOW, neck=False, tail=0, weights='shipped'),
         pretrain=dict(images=21600, batch=12, lr=5e-3, epochs=9, decay=7, seed=0, threads=2,
                       sizes=(96, 128, 128, 128, 160, 192)),
-        train=dict(lr=3e-3, epoch_refs=300)),
+        train=dict(lr=3e-3, epoch_refs=300),
+        head=dict(head=SMALL_HEAD, images=12000, lr=3e-3, epochs=6, decay=4, threads=2)),
 }
 # the cpu preset on the development seed: learning rates are searched there, and nothing is graded
 PRESETS['dev'] = PRESETS['cpu'] | dict(datasets={'refcoco': 'refshapes'}, like='cpu',
@@ -232,13 +235,15 @@ PRESETS |= {
         backbone=dict(width=1., depths=DARKNET53, neck=True, tail=0, weights='pretrained'),
         pretrain=dict(images=120000, batch=32, lr=1e-3, epochs=10, decay=8, seed=0, threads=8,
                       sizes=SIZES_416),
-        train=dict(epochs=9, decay=6)),
+        train=dict(epochs=9, decay=6),
+        head=dict(images=48000, epochs=6, decay=4, threads=8)),
     'paper': dict(
         datasets=PAPER, recipe=None,
         sizes=SIZES_416, large=480, vectors='glove/glove.840B.300d.txt', compute=GPU,
         backbone=dict(width=1., depths=DARKNET53, neck=True, tail=2,
                       weights='darknet/yolov3.weights'),
-        pretrain=None, train={}),
+        pretrain=None, train={},
+        head=dict(images=288000, epochs=12, decay=9, threads=8)),
 }
 
 # %% ../../nbs/evidence/02_experiments.ipynb #dc8641a6
@@ -302,7 +307,7 @@ def run_config(
         data=data | e.get('data', {}),
         model=told | method.widths.get(like, {}) | e.get('model', {}),
         backbone=_backbone(p, pretrain), train=p['train'] | rate | e.get('train', {}),
-        compute=p['compute'])
+        compute=p['compute'], head=p['head'] if method.things else None)
 
 # %% ../../nbs/evidence/02_experiments.ipynb #a36aeca6
 def _splits(experiment, role):
@@ -319,6 +324,8 @@ def _splits(experiment, role):
 
 def _finishes(experiment, method):
     "The ways of making masks that any table shows of an experiment, the method's own first."
+    # what is detection and what is language is shown of every method that chooses
+    if method.things: return list(method.finishes)
     named = {r.experiment.partition('@')[2] for r in ROWS if base_of(r.experiment) == experiment}
     return [f for f in method.finishes if f == method.finishes[0] or f in named]
 
@@ -388,6 +395,7 @@ def run_modules(
     room = type(method_of(method)).__module__
     # a method from elsewhere (a tutorial's, a test's) has no room in the kit
     rooms = [room.removeprefix('lts_nb.')] if room.startswith('lts_nb.') else []
+    if method_of(method).things: rooms.append('training.candidates')
     return module_closure('training.run', 'training.train', *rooms)
 
 def method_hashes(

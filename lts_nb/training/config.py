@@ -134,6 +134,8 @@ class RunConfig(Config):
     train: TrainConfig = TrainConfig()
     compute: ComputeConfig = ComputeConfig()
     splits: Annotated[tuple[_Name, ...], Field(strict=False)] = Field(description='to be scored')
+    head: SerializeAsAny[Config] | None = Field(
+        None, description='how candidates are found, for methods that choose among them')
     finishes: Annotated[tuple[_Name, ...], Field(strict=False)] = Field(
         (), description="how masks are made, the first for the figures; empty: the method's own")
 
@@ -141,7 +143,17 @@ class RunConfig(Config):
         # the settings of the model are the method's to check
         method, model = settings.get('method', 'lts'), settings.get('model')
         if isinstance(model, dict): settings['model'] = method_of(str(method)).config(**model)
+        # and those of the head are its room's, which other methods do not import
+        if isinstance(settings.get('head'), dict):
+            room = importlib.import_module('lts_nb.training.candidates')
+            settings['head'] = room.CandidatesConfig(**settings['head'])
         super().__init__(**settings)
+
+    def plain(self):
+        "As `Config.plain`; a run that needs no candidates says nothing of them."
+        found = super().plain()
+        if found['head'] is None: del found['head']
+        return found
 
 # %% ../../nbs/training/05_config.ipynb #75907422
 def describe_config(

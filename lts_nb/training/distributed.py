@@ -7,7 +7,7 @@ __all__ = ['PLACE', 'Share', 'share_of', 'SharedSamples', 'SharedBatchNorm', 'Sh
            'check_processes', 'LostPeer', 'join_group', 'train_member', 'train_together']
 
 # %% ../../nbs/training/11_distributed.ipynb #fab5a10c
-import copy, json, os, re, signal, socket, sys, tempfile, threading, time
+import copy, importlib, json, os, re, signal, socket, sys, tempfile, threading, time
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -251,10 +251,13 @@ def check_processes(
                        f'Take {most} processes or fewer, or raise train.batch')
 
 def _make_ready(config, root, out):
-    "Data and backbone, made by the first process that comes."
+    "Data, backbone and candidates, made by the first process that comes."
     with apart():
         ensure_data(config, root)
         ensure_backbone(config, root, out)
+        if config.head:  # rooms of the methods that need none do not depend on this one
+            room = importlib.import_module('lts_nb.training.candidates')
+            room.ensure_things(config, root, out)
 
 @contextmanager
 def _held(run, first, timeout):
