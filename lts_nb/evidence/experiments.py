@@ -47,11 +47,17 @@ EXPERIMENTS = {
 }
 
 # %% ../../nbs/evidence/02_experiments.ipynb #83065035
-EXTRA = 'emb50', 'glove50'  # in no table: run by name
+# in no table: run by name
+EXTRA = 'emb50', 'glove50', 'lang2seg-dense', 'lang2seg-response', 'lang2seg-silent'
 
 # the earlier methods of Table 1, each at its own settings
-RIVALS = 'rmi', 'dmn', 'rrn', 'mattnet', 'nmtree', 'cmsa', 'bcam', 'cmpc', 'mcn', 'lscm', 'cgan'
+RIVALS = 'rmi', 'dmn', 'rrn', 'mattnet', 'nmtree', 'cmsa', 'bcam', 'cmpc', 'mcn', 'lscm', 'cgan', 'lang2seg'
 EXPERIMENTS |= {name: {'method': name} for name in (*RIVALS, 'cmpc-seg')}
+EXPERIMENTS |= {
+    'lang2seg-dense':    {'method': 'lang2seg', 'model': {'head': 'dense'}},
+    'lang2seg-response': {'method': 'lang2seg', 'model': {'modulation': 'response'}},
+    'lang2seg-silent':   {'method': 'lang2seg', 'model': {'lam_cap': 0.}},
+}
 
 # the search for each method's learning rate, on data that is never graded (preset dev)
 RATES = 3e-4, 1e-3, 3e-3, 1e-2
@@ -83,6 +89,7 @@ ROWS = [
     Row('1', 'NMTree, annotated boxes', 'nmtree@truth', _ALL),
     Row('1', 'CMSA', 'cmsa@crf', _TWO),
     Row('1', 'CMSA, no CRF', 'cmsa', _TWO),
+    Row('1', 'Lang2seg', 'lang2seg', ('refcoco', 'refcocog')),
     Row('1', 'BCAM', 'bcam@crf', _TWO),
     Row('1', 'BCAM, no CRF', 'bcam', _TWO),
     Row('1', 'CMPC', 'cmpc@crf', _TWO),
