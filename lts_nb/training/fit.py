@@ -202,7 +202,7 @@ class _Ledger:
     "The losses of finished steps: looked at in each step, or those of `look` steps together."
     def __init__(self, progress, group, look):
         self.progress, self.group, self.look = progress, group, look
-        self.waiting, self.samples, self.last = [], [], math.nan
+        self.waiting, self.samples, self.last = [], [], None
 
     def note(self, loss, parts):
         "Add a step. It counts as soon as somebody has looked at it."
@@ -243,7 +243,7 @@ def _run_epoch(acc, model, optimizer, loss_of, batches, save, desc, ledger):
             ledger.note(loss, parts)
             optimizer.step()
             progress['seconds'] += time.monotonic() - began
-        bar.set_postfix(loss=f'{ledger.last:.3g}', refresh=False)
+        if ledger.last is not None: bar.set_postfix(loss=f'{ledger.last:.3g}', refresh=False)
         if group.stopped: raise KeyboardInterrupt
         save.when_due()
     ledger.close()
