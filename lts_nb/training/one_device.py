@@ -7,7 +7,7 @@ __all__ = ['GRIDS', 'LOOK', 'as_bytes', 'as_pixels', 'unpack_bits', 'picture_key
            'PictureFeatures', 'Table', 'Steps', 'undisturbed', 'ChosenStep', 'train_on_pictures', 'open_pictures',
            'train_here']
 
-# %% ../../nbs/training/13_one_device.ipynb #82d25b9a
+# %% ../../nbs/training/13_one_device.ipynb #3bc5d7c7
 import copy, hashlib, json, logging, os, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,7 @@ from .opening import on_pictures, shared_pictures
 from .run import Run
 from .train import cut_rows, train_model
 
-# %% ../../nbs/training/13_one_device.ipynb #2e4f28db
+# %% ../../nbs/training/13_one_device.ipynb #fc08b9fb
 def as_bytes(
     image:np.ndarray,   # uint8 (H, W, 3)
     size:int,           # side of the square
@@ -53,7 +53,7 @@ def as_pixels(
     # the bytes stand channels last already, so turning the axes moves nothing
     return (taken.float()/255).masked_fill_(outside, GREY).permute(0, 3, 1, 2).to(dtype)
 
-# %% ../../nbs/training/13_one_device.ipynb #1714f191
+# %% ../../nbs/training/13_one_device.ipynb #67abffa6
 def unpack_bits(
     bits:torch.Tensor, # (B, bytes) uint8, eight cells a byte, the first cell in the highest bit
     side:int,          # of the grid
@@ -63,7 +63,7 @@ def unpack_bits(
     cells = (bits[..., None] >> places) & 1
     return cells.flatten(1)[:, :side**2].reshape(-1, 1, side, side).float()
 
-# %% ../../nbs/training/13_one_device.ipynb #f522dfca
+# %% ../../nbs/training/13_one_device.ipynb #817a1b5c
 def picture_key(
     fingerprint:str,    # of the data
     size:int,           # side of the square
@@ -96,7 +96,7 @@ class KeptPictures:
     @property
     def nbytes(self): return self.pictures.nbytes
 
-# %% ../../nbs/training/13_one_device.ipynb #98e1a78b
+# %% ../../nbs/training/13_one_device.ipynb #ae1b27ed
 def _append(part, name, bytes_):
     "Add to a file and see it safe on the disk."
     with open(part/name, 'ab') as f:
@@ -121,7 +121,7 @@ def _write_pictures(part, refer, image_ids, size, stretch, batch, progress):
         write_text(note, json.dumps(dict(done=i + len(some))))
     write_text(part/'about.json', json.dumps(dict(size=size, stretch=stretch, images=image_ids)))
 
-# %% ../../nbs/training/13_one_device.ipynb #9f6c3604
+# %% ../../nbs/training/13_one_device.ipynb #f1388526
 def build_pictures(
     folder,              # where pictures are kept; these get a folder below
     refer,               # opens them
@@ -145,7 +145,7 @@ def build_pictures(
             part.rename(done)
     return KeptPictures(done)
 
-# %% ../../nbs/training/13_one_device.ipynb #35c370f0
+# %% ../../nbs/training/13_one_device.ipynb #21291c52
 def place_of(
     need:int,   # bytes of all pictures
     wanted:str, # 'device', 'host' or 'auto'
@@ -175,7 +175,7 @@ def _placed(kept, place, device):
     for i in range(0, len(here), 256): there[i:i + 256].copy_(here[i:i + 256])
     return there
 
-# %% ../../nbs/training/13_one_device.ipynb #8a24ff45
+# %% ../../nbs/training/13_one_device.ipynb #c85eddb4
 class PictureFeatures(LiveFeatures):
     "A feature source that keeps pictures, and computes maps from them when they are asked for."
     def __init__(self,
@@ -221,7 +221,7 @@ class PictureFeatures(LiveFeatures):
             maps = self.body(as_pixels(taken, frames, self.dtype))
         return tuple(m.float() for m in maps)
 
-# %% ../../nbs/training/13_one_device.ipynb #af177f03
+# %% ../../nbs/training/13_one_device.ipynb #6b2cbc89
 GRIDS = {'mask': 4, 'prior': 8}  # targets that are packed grids, and their strides
 
 def _sent(value, device):
@@ -255,7 +255,7 @@ class Table:
         self.boxes = boxed and torch.stack(boxed).to(device)
         self.others = [name for name in samples.targets if name not in (*GRIDS, 'box')]
 
-# %% ../../nbs/training/13_one_device.ipynb #f6b9eb7d
+# %% ../../nbs/training/13_one_device.ipynb #78ba695b
 @patch
 def batch(self:Table,
     rows:list,           # sentences with falling lengths
@@ -296,7 +296,7 @@ class Steps:
         parts = order.split([len(rows) for rows in self.cut]) if self.cut else ()
         for rows, part in zip(self.cut, parts): yield self.table.batch(rows, part)
 
-# %% ../../nbs/training/13_one_device.ipynb #50c61f2e
+# %% ../../nbs/training/13_one_device.ipynb #79350674
 @contextmanager
 def undisturbed(
     model:torch.nn.Module, # that is tried out
@@ -326,7 +326,7 @@ def _tensors(batch):
     "What a compiled step may see: row numbers would make a new program of every batch."
     return {name: value for name, value in batch.items() if torch.is_tensor(value)}
 
-# %% ../../nbs/training/13_one_device.ipynb #9c8be9c4
+# %% ../../nbs/training/13_one_device.ipynb #34c49df6
 class ChosenStep:
     "A step that is compiled where this is wanted, works and pays."
     def __init__(self,
@@ -368,7 +368,7 @@ class ChosenStep:
         if self.chosen is None or len(batch['rows']) != self.size: return self.plain(batch)
         return self.chosen(_tensors(batch))
 
-# %% ../../nbs/training/13_one_device.ipynb #ebf96bdd
+# %% ../../nbs/training/13_one_device.ipynb #3c59df5d
 LOOK = 50  # steps between two looks at the losses
 
 def train_on_pictures(
@@ -405,7 +405,7 @@ def train_on_pictures(
         mend += 'enough, lower train.batch, which makes it another run. The checkpoint is kept'
         raise KitError('the memory of the device is full', str(acc.device), mend) from e
 
-# %% ../../nbs/training/13_one_device.ipynb #85b58e84
+# %% ../../nbs/training/13_one_device.ipynb #bc65e4c7
 def open_pictures(
     run:Run,       # prepared
     progress=True, # show a bar
