@@ -200,7 +200,7 @@ CPU = dict(device='cpu', precision='no', threads=1, workers=0, pretrain_workers=
            cache_gb=8)
 GPU = dict(device='auto', precision='bf16', threads=4, workers=6, pretrain_workers=6,
            score_batch=64, cache_gb=64,
-           keep_cache=False)
+           keep_cache=False, pictures='auto', compile='auto')
 # multiples of 32: no row of Table 6 differs by a rounded grid
 SMALL_SIZES = (32, 64, 96, 128, 160, 192)
 SMALL_HEAD = dict(width=48, levels=2, depth=2, shared=True, controller=1, mask_depth=2)

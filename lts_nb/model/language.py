@@ -40,7 +40,7 @@ def real_words(
         raise KitError('an expression has no word', f'number {first} of the batch',
                        'Give at least one word')
     places = torch.arange(tokens.shape[1], device=tokens.device)
-    return places < lengths.to(tokens.device)[:, None]
+    return places < lengths.to(tokens.device, non_blocking=True)[:, None]
 
 # %% ../../nbs/model/02_language.ipynb #a8d4eb81
 class LanguageEncoder(nn.Module):
@@ -64,10 +64,13 @@ class LanguageEncoder(nn.Module):
     ):            # words (B,T,2·hidden), f_text (B,2·hidden), mask (B,T)
         "Returns words, f_text and mask. KitError for an empty sentence."
         T, mask = tokens.shape[1], real_words(tokens, lengths)
-        # eq. 1, 2 and 4: each sentence over exactly its own words; packing wants lengths on the CPU
-        x = self.drop(self.embed(tokens))
-        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        # eq. 1, 2 and 4: each sentence over exactly its own words; packing wants lengths on the CPU,
+        # and where they fall already it need not sort, for which a GPU would be waited for
+        x, known = self.drop(self.embed(tokens)), lengths.cpu()
+        falling = bool((known[1:] <= known[:-1]).all())
+        packed = pack_padded_sequence(x, known, batch_first=True, enforce_sorted=falling)
         words, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=T)
         # eq. 3: padding is zero, so the sum over all places is the sum over the words
-        f_text = words.sum(1) / lengths.to(words.device)[:, None].to(words.dtype)
+        there = lengths.to(words.device, non_blocking=True)
+        f_text = words.sum(1) / there[:, None].to(words.dtype)
         return words, f_text, mask

@@ -89,7 +89,8 @@ class TrainConfig(Config):
     weight_decay: float = Field(0., ge=0, le=1, description='MCN: 5e-4; the paper is silent')
 
 class ComputeConfig(Config):
-    "How a run is computed; of all this only the precision changes numbers beyond rounding."
+    """How a run is computed; of all this only the precision, and whether the backbone runs on
+    pictures, change numbers beyond rounding."""
     part = 'compute'
     device: Literal['cpu', 'auto'] = Field('cpu', description="'auto': the GPU where there is one")
     precision: Literal['no', 'bf16', 'fp16'] = Field('no', description='mixed precision on a GPU')
@@ -99,6 +100,10 @@ class ComputeConfig(Config):
     score_batch: int = Field(16, ge=1, le=4096, description='sentences scored at once')
     cache_gb: int = Field(8, ge=0, le=10**5, description='largest feature cache, GiB; 0: none')
     keep_cache: bool = Field(True, description='False: delete it after its last run')
+    pictures: Literal['off', 'auto', 'device', 'host'] = Field(
+        'off', description="train on pictures in this memory; 'auto': on a GPU, where they fit")
+    compile: Literal['off', 'auto', 'on'] = Field(
+        'off', description="torch.compile on pictures; 'auto': on a GPU, where it pays")
 
 # %% ../../nbs/training/05_config.ipynb #f9ca5c81
 def load_methods():
@@ -175,4 +180,5 @@ def run_key(
     "A run's configuration without what changes only where it runs."
     plain = config.plain()
     compute = plain.pop('compute')
-    return plain | {'precision': compute['precision']}
+    live = {} if compute['pictures'] == 'off' else {'pictures': 'live'}
+    return plain | {'precision': compute['precision']} | live

@@ -188,4 +188,4 @@ def build_features(
             try: _write_maps(part, source, list(image_ids), batch, progress)
             except OSError as e: raise disk_error(e, part) from e
             part.rename(done)
-    return CachedFeatures(done, source.device)
+    return CachedFeatures(done)  # on the CPU: a loader's processes must not touch a GPU
