@@ -1,4 +1,4 @@
-"""What the lesson on planned looks shows: `levels` prints its table of levels, `suites` writes reports/looks/."""
+"""What the lesson on planned looks shows: `levels` prints its table of levels, `suites` writes reports/looks/suites.csv."""
 import sys
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lts_nb.evidence.claims import NO_DIFFERENCE, follow, is_wrong, simulate_suite
+from lts_nb.evidence.claims import NO_DIFFERENCE, RULES, follow, is_wrong, simulate_suite
 from lts_nb.evidence.looks import LEVELS, LOOKS, boundary, null_walks, spent
 from lts_nb.evidence.tables import write_csv
 
@@ -50,15 +50,15 @@ def summary(
 def suites(
     many:int=1000, # suites
 ):
-    "Write suites.csv (planned looks) and naive.csv (the same 5 % at every look)."
-    said = {True: [], False: []}
+    "Write reports/looks/suites.csv: every rule on the same suites."
+    said = {rule: [] for rule in RULES}
     for seed in range(many):
         models = simulate_suite(np.random.default_rng(seed), EFFECTS)
         for effect, pairs in zip(EFFECTS, models):
-            for planned in said: said[planned].append(dict(effect=effect) | follow(pairs, planned))
+            for rule in RULES: said[rule].append(dict(effect=effect) | follow(pairs, rule))
         if seed % 100 == 99: print(f'{seed + 1} suites', flush=True)
-    for planned, name in ((True, 'suites'), (False, 'naive')):
-        write_csv(ROOT/'reports'/'looks'/f'{name}.csv', summary(pd.DataFrame(said[planned])))
+    tables = [summary(pd.DataFrame(lines)).assign(rule=rule) for rule, lines in said.items()]
+    write_csv(ROOT/'reports'/'looks'/'suites.csv', pd.concat(tables))
 
 
 if __name__ == '__main__':

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Preset', 'Tables', 'Methods', 'AllCells', 'Seeds', 'Cores', 'Out', 'Root', 'Pretrain', 'Data',
-           'By', 'Measure', 'Show', 'Devices', 'UpTo', 'Profile', 'RunFolder', 'reproduce', 'plan', 'report', 'compare',
-           'data_make', 'data_fetch', 'data_leakage', 'data_check', 'evaluate', 'score', 'predict', 'export', 'main']
+           'By', 'Measure', 'Show', 'Devices', 'UpTo', 'Profile', 'UntilDecided', 'MaxSeeds', 'Hours', 'RunFolder',
+           'reproduce', 'plan', 'report', 'compare', 'data_make', 'data_fetch', 'data_leakage', 'data_check',
+           'evaluate', 'score', 'predict', 'export', 'main']
 
 # %% ../../nbs/manual/09_cli.ipynb #aa1ea313
 import errno, json, os, sys
@@ -57,38 +58,67 @@ UpTo = Annotated[Optional[int], typer.Option(
 Profile = Annotated[Optional[str], typer.Option(
     metavar='NAME|DIR', help="Compute on a cluster: slurm, k8s, or a Snakemake profile's folder.")]
 
+UntilDecided = Annotated[bool, typer.Option(
+    '--until-decided', help='As many seeds as each claim needs: looks after 3, 5, 8, 13, 21, 34.')]
+MaxSeeds = Annotated[int, typer.Option(
+    min=1, help='With --until-decided: the most seeds of a row.')]
+Hours = Annotated[Optional[float], typer.Option(
+    min=0, help='With --until-decided: stop after so many hours; the verdicts so far stand.')]
+
 # %% ../../nbs/manual/09_cli.ipynb #71606e02
 def _cells(table, method, all_cells):
     "What the options ask for."
     from lts_nb.evidence.experiments import Cells, as_cells
     return as_cells(Cells(tuple(table or ()), tuple(method or ()), all_cells))
 
+def _check_seeds(seeds, until_decided, hours=None):
+    "KitError where options contradict each other."
+    if until_decided and seeds != 1:
+        raise KitError('--until-decided chooses the seeds itself', f'--seeds {seeds}',
+                       'Leave one of them out, or limit it with --max-seeds')
+    if hours is not None and not until_decided:
+        raise KitError('--hours goes with --until-decided', f'--hours {hours:g}',
+                       'Add --until-decided, or leave it out')
+
 @app.command()
 def reproduce(preset:Preset='cpu', table:Tables=None, method:Methods=None,
-              all_cells:AllCells=False, seeds:Seeds=1, cores:Cores=None, out:Out=None,
+              all_cells:AllCells=False, seeds:Seeds=1, until_decided:UntilDecided=False,
+              max_seeds:MaxSeeds=34, hours:Hours=None, cores:Cores=None, out:Out=None,
               root:Root=None, pretrain:Pretrain=False, gpus:Devices=None,
               profile:Profile=None):
     """Make tables, figures and the report.
     Every run that the tables need is brought up to date first."""
     from lts_nb.manual.batch import reproduce
+    from lts_nb.manual.until import reproduce_until_decided
+    _check_seeds(seeds, until_decided, hours)
     wanted, places = _cells(table, method, all_cells), []
     if gpus or profile:
         from lts_nb.manual.machines import place_of
-        places = [place_of(preset, wanted, seeds, out, root, pretrain, gpus, profile)]
-    raise typer.Exit(reproduce(preset, wanted, seeds, cores, out, root, pretrain, *places))
+        most = max_seeds if until_decided else seeds
+        places = [place_of(preset, wanted, most, out, root, pretrain, gpus, profile)]
+    rest = cores, out, root, pretrain, *places
+    if until_decided:
+        raise typer.Exit(reproduce_until_decided(preset, wanted, max_seeds, hours, *rest))
+    raise typer.Exit(reproduce(preset, wanted, seeds, *rest))
 
+# %% ../../nbs/manual/09_cli.ipynb #af61ff2c
 @app.command()
 def plan(preset:Preset='cpu', table:Tables=None, method:Methods=None, all_cells:AllCells=False,
-         seeds:Seeds=1, cores:Cores=None, out:Out=None, root:Root=None, pretrain:Pretrain=False,
-         measured:Measure=False, show:Show=None, gpus:UpTo=None):
+         seeds:Seeds=1, until_decided:UntilDecided=False, max_seeds:MaxSeeds=34, cores:Cores=None,
+         out:Out=None, root:Root=None, pretrain:Pretrain=False, measured:Measure=False,
+         show:Show=None, gpus:UpTo=None):
     """Show each run, its state and the time left, and what is missing with the command that
     gets it. Runs nothing."""
     from lts_nb.manual.batch import default_out, describe_plan, describe_run
+    _check_seeds(seeds, until_decided)
     wanted = _cells(table, method, all_cells)
     if show: return typer.echo(describe_run(show, preset, wanted, seeds, pretrain))
     if measured:
         from lts_nb.manual.throughput import keep_rates, measure
         keep_rates(out or default_out(preset), measure(preset))
+    if until_decided:
+        from lts_nb.manual.until import describe_looks
+        return typer.echo(describe_looks(preset, wanted, max_seeds, cores, out, root, pretrain))
     typer.echo(describe_plan(preset, wanted, seeds, cores, out, root, pretrain))
     if gpus:
         from lts_nb.manual.machines import plan_devices
