@@ -288,7 +288,7 @@ CONTRAST = """(() => {
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
-@pytest.mark.parametrize('lesson', ['index', 'model/03_fusion', 'evidence/05_claims', 'api/model/fusion'])
+@pytest.mark.parametrize('lesson', ['index', 'model/03_fusion', 'evidence/06_claims', 'api/model/fusion'])
 def test_text_stands_out_from_its_ground(lesson, scheme, address, ask):
     script = CONTRAST.replace('SCHEME', {'light': 'default', 'dark': 'slate'}[scheme])
     found = ask(f'{address}/{lesson}.html', script, scheme=scheme)

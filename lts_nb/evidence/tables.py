@@ -182,11 +182,12 @@ def bootstrap_interval(
     n:int,          # images
     draws:int=1000, # bootstrap draws
     seed:int=0,     # the same for all models: on the same images they see the same draws
+    level:float=.95,# share of the draws that lie inside
 )->tuple:           # low (k,), high (k,)
-    "95 % percentile interval of a statistic over images drawn with replacement."
+    "Percentile interval of a statistic over images drawn with replacement, of 95 % as a rule."
     def of_drawn(rows, axis): return np.moveaxis(statistic(rows), -1, 0)
     out = stats.bootstrap((np.arange(n),), of_drawn, n_resamples=draws, vectorized=True,
-                          batch=50, method='percentile', rng=seed)
+                          batch=50, method='percentile', rng=seed, confidence_level=level)
     return out.confidence_interval.low, out.confidence_interval.high
 
 # %% ../../nbs/evidence/03_tables.ipynb #33aeb3be

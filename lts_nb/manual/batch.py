@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KIT', 'default_out', 'default_root', 'committed', 'make_plan', 'things_step', 'run_state', 'known_of_runs',
-           'known_seconds', 'run_seconds', 'at_a_time', 'plan', 'things_stamp', 'describe_plan', 'describe_run',
-           'missing_inputs', 'Place', 'seconds_left', 'failure_of', 'release_features', 'reproduce', 'make_report']
+           'known_seconds', 'run_seconds', 'at_a_time', 'plan', 'time_left', 'things_stamp', 'describe_plan',
+           'describe_run', 'missing_inputs', 'open_folder', 'Place', 'TimeIsUp', 'seconds_left', 'failure_of',
+           'release_features', 'check_inputs', 'Brought', 'bring_up', 'reproduce', 'make_report', 'say_where']
 
 # %% ../../nbs/manual/03_batch.ipynb #cf6fe094
 import json, os, re, shutil, signal, subprocess, sys, time
@@ -180,7 +181,12 @@ def plan(
     return pd.DataFrame(states, columns=['run', 'state', 'why', 'seconds'])
 
 # %% ../../nbs/manual/03_batch.ipynb #07af7935
-def _time_left(seconds, preset, cores, gpu):
+def time_left(
+    seconds:pd.Series, # of the runs to do; NaN where nothing is known
+    preset:str,        # smoke, cpu, gpu or paper
+    cores,             # processors; None: all
+    gpu:bool,          # are they GPU hours?
+)->str:
     "The time that runs will take, in words."
     if not len(seconds): return 'nothing to do'
     if not seconds.notna().any():
@@ -239,7 +245,7 @@ def describe_plan(
     missing = missing_inputs(preset, root, wanted, pretrain)
     rates = known_rates(out, committed(preset))
     gpu = preset_of(preset)['compute']['device'] != 'cpu' and (not rates or rates['gpu'])
-    lines.append(f'{counts}; {_time_left(todo.seconds, preset, cores, gpu)}.')
+    lines.append(f'{counts}; {time_left(todo.seconds, preset, cores, gpu)}.')
     lines += _rates_note(preset, out, rates, todo)
     if missing: lines += [*missing, 'data/README.md says what each of them is, and whose.']
     return '\n'.join(lines)
@@ -296,8 +302,10 @@ def missing_inputs(
     return out
 
 # %% ../../nbs/manual/03_batch.ipynb #99b0ce37
-def _open_folder(out):
-    "The report's folder, writable, with its lock held."
+def open_folder(
+    out, # the report's folder
+):       # its lock, held
+    "Make a report's folder writable and one's own. KitError where that cannot be."
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out/'.probe').touch(); (out/'.probe').unlink()
@@ -331,7 +339,10 @@ def _command(out, cores, *config, place=Place()):
             *place.arguments]
 
 # %% ../../nbs/manual/03_batch.ipynb #93d3fe98
-def _snakemake(out, plan, runs, cores, place=Place()):
+class TimeIsUp(Exception):
+    "The hours that a user gave are used up."
+
+def _snakemake(out, plan, runs, cores, place=Place(), until=None):
     "Run Snakemake with a progress bar; returns when it has ended. Ctrl-C ends it and its jobs."
     begun, known = time.time(), run_seconds(runs, out, plan['root'])
     results = {r.run: out/'runs'/r.run/'result.json' for r in runs}
@@ -343,7 +354,8 @@ def _snakemake(out, plan, runs, cores, place=Place()):
         process = subprocess.Popen(_command(out, cores, tied, place=place), stdin=subprocess.PIPE,
                                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            with terminate_as_interrupt(): _watch(process, results, begun, out, todo, jobs)
+            with terminate_as_interrupt():
+                _watch(process, results, begun, out, todo, jobs, until)
         except BaseException:
             os.killpg(process.pid, signal.SIGINT)
             try: process.wait(30)
@@ -366,13 +378,14 @@ def seconds_left(
     return max(pace*sum(weight.values())/jobs - elapsed, 0.)
 
 # %% ../../nbs/manual/03_batch.ipynb #0141b645
-def _watch(process, results, begun, out, todo, jobs):
+def _watch(process, results, begun, out, todo, jobs, until=None):
     """Count finished runs until Snakemake ends;
     where nobody watches, a line every half minute is enough."""
     first, shown, every = None, 0., .4 if sys.stderr.isatty() else 30
     form = '{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}'
     with tqdm(total=len(results), desc='runs', disable=not todo, bar_format=form) as bar:
         while process.poll() is None:
+            if until and time.time() > until: raise TimeIsUp
             stage = _stage(out, begun)
             if stage and stage not in _SHARED.values(): first = first or time.time()
             if time.time() - shown > every:
@@ -461,6 +474,47 @@ def release_features(
         shutil.rmtree(source.folder, ignore_errors=True)
 
 # %% ../../nbs/manual/03_batch.ipynb #2dff15a7
+def check_inputs(
+    preset:str,          # smoke, cpu, gpu or paper
+    root,                # the data's folder
+    wanted=None,         # Cells, table numbers, or None: all tables of the paper
+    pretrain:bool=False, # make the backbone here, even where the kit ships one
+):
+    "KitError where a preset needs what is not there and cannot be made."
+    if missing := missing_inputs(preset, root, wanted, pretrain):
+        raise KitError('the preset needs what is not there: ' + '; '.join(missing),
+                       mend='data/README.md says what each of them is, and whose')
+
+class Brought(NamedTuple):
+    "What came of bringing runs up to date."
+    plan: dict          # that Snakemake had
+    failed: list        # names of runs
+    shared: Optional[Path] # the log of a step for all runs that failed
+    late: bool          # the time was up before all runs were done
+
+def bring_up(
+    runs:list,           # configurations
+    wanted,              # Cells, table numbers, or None: what they are for
+    seeds:int,           # runs of each row
+    out:Path,            # the report's folder, its lock held
+    root:Path,           # the data's folder
+    cores=None,          # processors; None: all
+    place:Place=Place(), # where runs are computed
+    until:float=None,    # when to stop at the latest, as time.time() counts
+)->Brought:
+    "Bring runs up to date, and say which failed. Ctrl-C loses nothing."
+    the_plan = make_plan(runs, wanted, seeds, out, root) | place.plan
+    write_text(out/'plan.json', json.dumps(the_plan, indent=1, sort_keys=True))
+    cores = cores or place.cores or os.cpu_count() or 1
+    try: _snakemake(out, the_plan, runs, cores, place, until)
+    except TimeIsUp: return Brought(the_plan, [], None, True)
+    failed = [r.run for r in runs if not (out/'runs'/r.run/'result.json').exists()]
+    shared = _shared_failure(out, the_plan) if failed else None
+    write_text(out/'failed.json', json.dumps(failed))
+    _say_failures(out, [] if shared else failed, shared, the_plan)
+    return Brought(the_plan, failed, shared, False)
+
+# %% ../../nbs/manual/03_batch.ipynb #4cae790a
 def reproduce(
     preset:str='cpu',    # smoke, cpu, gpu or paper
     wanted=None,         # Cells, table numbers, or None: all tables of the paper
@@ -475,24 +529,16 @@ def reproduce(
     out = Path(out or default_out(preset)).resolve()
     root = Path(root or default_root(preset)).resolve()
     runs = runs_for(preset, wanted, seeds, pretrain)
-    if missing := missing_inputs(preset, root, wanted, pretrain):
-        raise KitError('the preset needs what is not there: ' + '; '.join(missing),
-                       mend='data/README.md says what each of them is, and whose')
-    lock = _open_folder(out)
+    check_inputs(preset, root, wanted, pretrain)
+    lock = open_folder(out)
     try:
         if place.before: place.before(out)
-        the_plan = make_plan(runs, wanted, seeds, out, root) | place.plan
-        write_text(out/'plan.json', json.dumps(the_plan, indent=1, sort_keys=True))
-        _snakemake(out, the_plan, runs, cores or place.cores or os.cpu_count() or 1, place)
-        failed = [r.run for r in runs if not (out/'runs'/r.run/'result.json').exists()]
-        shared = _shared_failure(out, the_plan) if failed else None
-        write_text(out/'failed.json', json.dumps(failed))
-        _say_failures(out, [] if shared else failed, shared, the_plan)
-        said = '' if shared else make_report(out, the_plan, failed)
+        made = bring_up(runs, wanted, seeds, out, root, cores, place)
+        said = '' if made.shared else make_report(out, made.plan, made.failed)
     finally: lock.release()
     if said: print(said)
-    if not shared: _say_where(out, preset)
-    return 1 if failed else 0
+    if not made.shared: say_where(out, preset)
+    return 1 if made.failed else 0
 
 # %% ../../nbs/manual/03_batch.ipynb #7b5739cf
 def _report_key(plan, out):
@@ -500,7 +546,8 @@ def _report_key(plan, out):
     results = {r['run']: (out/'runs'/r['run']/'result.json').stat().st_mtime_ns
                for r in plan['runs'] if (out/'runs'/r['run']/'result.json').exists()}
     return json.loads(json.dumps(dict(results=results, modules=module_hashes('evidence.report'),
-                                      wanted=plan['wanted'], seeds=plan['seeds'])))
+                                      wanted=plan['wanted'], seeds=plan['seeds'],
+                                      looks=(out/'looks.json').exists())))
 
 # %% ../../nbs/manual/03_batch.ipynb #3f350cc9
 def make_report(
@@ -529,8 +576,11 @@ def make_report(
     except KitError as e: return str(e)
 
 # %% ../../nbs/manual/03_batch.ipynb #016299f4
-def _say_where(out, preset):
-    "Where the report is, and where it differs from the committed one beyond its spread."
+def say_where(
+    out,        # the report's folder
+    preset:str, # smoke, cpu, gpu or paper
+):
+    "Say where the report is, and where it differs from the committed one beyond its spread."
     from lts_nb.evidence.tables import compare_reports
     theirs = committed(preset)
     if (theirs/'results.csv').exists() and theirs.resolve() != out:

@@ -210,18 +210,6 @@ def _not_finite(progress, values):
     mend += 'the last checkpoint is kept'
     return KitError(f"the loss became {values['loss']} in {at}", values, mend)
 
-<<<<<<< HEAD
-def _step(acc, optimizer, rate, clip):
-    "Move the weights."
-    for g in optimizer.param_groups: g['lr'] = rate
-    if clip is not None:
-        for g in optimizer.param_groups: acc.clip_grad_value_(g['params'], clip)
-    optimizer.step()
-
-def _run_epoch(acc, model, optimizer, loss_of, batches, progress, save, desc, group, rate, clip):
-    """One pass over an epoch's remaining batches; `progress` counts every finished step.
-    `rate` tells the learning rate from the share of the epoch that is done."""
-=======
 # %% ../../nbs/training/02_fit.ipynb #360de9c2
 def _fetched(steps):
     "The losses of some steps as plain numbers; all of them leave the device together."
@@ -235,6 +223,11 @@ class _Ledger:
     def __init__(self, progress, group, look):
         self.progress, self.group, self.look = progress, group, look
         self.waiting, self.samples, self.last = [], [], None
+
+    @property
+    def steps(self):
+        "Steps of this epoch that were taken, whether anybody has looked at them or not."
+        return self.progress['step'] + len(self.waiting)
 
     def note(self, loss, parts):
         "Add a step. It counts as soon as somebody has looked at it."
@@ -257,9 +250,16 @@ class _Ledger:
         with self.group.undivided(): self.settle()
 
 # %% ../../nbs/training/02_fit.ipynb #e06fe081
-def _run_epoch(acc, model, optimizer, loss_of, batches, save, desc, ledger):
-    "One pass over an epoch's remaining batches; the ledger counts every finished step."
->>>>>>> h12-gpu
+def _step(acc, optimizer, rate, clip):
+    "Move the weights."
+    for g in optimizer.param_groups: g['lr'] = rate
+    if clip is not None:
+        for g in optimizer.param_groups: acc.clip_grad_value_(g['params'], clip)
+    optimizer.step()
+
+def _run_epoch(acc, model, optimizer, loss_of, batches, save, desc, ledger, rate, clip):
+    """One pass over an epoch's remaining batches; the ledger counts every finished step.
+    `rate` tells the learning rate from the share of the epoch that is done."""
     model.train()
     progress, group = ledger.progress, ledger.group
     done = progress['step']
@@ -273,18 +273,11 @@ def _run_epoch(acc, model, optimizer, loss_of, batches, save, desc, ledger):
             with acc.autocast(): loss, parts = loss_of(batch)
             optimizer.zero_grad(set_to_none=True)
             acc.backward(group.weigh(loss))
-<<<<<<< HEAD
-            values = group.agree({'loss': loss.item(), **{k: float(v) for k, v in parts.items()}})
-            if not math.isfinite(values['loss']): raise _not_finite(progress, values)
-            _step(acc, optimizer, rate(progress['step']/total), clip)
-            _count(progress, values, group.sentences, time.monotonic() - began)
-        bar.set_postfix(loss=f"{values['loss']:.3g}", refresh=False)
-=======
+            share = ledger.steps/total
             ledger.note(loss, parts)
-            optimizer.step()
+            _step(acc, optimizer, rate(share), clip)
             progress['seconds'] += time.monotonic() - began
         if ledger.last is not None: bar.set_postfix(loss=f'{ledger.last:.3g}', refresh=False)
->>>>>>> h12-gpu
         if group.stopped: raise KeyboardInterrupt
         save.when_due()
     ledger.close()
@@ -316,11 +309,8 @@ def fit(
     after_epoch=None,      # called with (epoch, history)
     desc:str='training',   # of the progress bar
     group=None,            # the processes that train together; None: this one alone
-<<<<<<< HEAD
     how=Adam(),            # the optimiser's ways
-=======
     look:int=1,            # steps after which their losses are looked at, which waits for a device
->>>>>>> h12-gpu
 )->list:                   # one dict an epoch: epoch, loss, its parts, lr, samples, seconds
     "Train, or go on training where a checkpoint stands. KitError when the loss is not finite."
     acc, group = accelerator or Accelerator(cpu=True), group or Alone()
@@ -334,19 +324,11 @@ def fit(
     save = _Saver(every, write if checkpoint and group.first else None, ledger.close)
     with _saved_at_the_end(save, group):
         for epoch in range(progress['epoch'], epochs):
-<<<<<<< HEAD
             rate = partial(how.rate, lr, decay, epoch, epochs)
             rest = batches(epoch, progress['step'])
             title = f'{desc} {epoch + 1}/{epochs}'
-            _run_epoch(acc, called, optimizer, loss_of, rest, progress, save, title, group,
+            _run_epoch(acc, called, optimizer, loss_of, rest, save, title, ledger,
                        rate, how.clip)
             _close_epoch(progress, rate(), group.circumstances)
-=======
-            rate, rest = learning_rate(lr, decay, epoch), batches(epoch, progress['step'])
-            for g in optimizer.param_groups: g['lr'] = rate
-            title = f'{desc} {epoch + 1}/{epochs}'
-            _run_epoch(acc, called, optimizer, loss_of, rest, save, title, ledger)
-            _close_epoch(progress, rate, group.circumstances)
->>>>>>> h12-gpu
             if after_epoch and group.first: after_epoch(epoch, progress['history'])
     return progress['history']
