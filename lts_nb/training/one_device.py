@@ -22,7 +22,7 @@ from ..data.letterbox import GREY, letterbox_geometry, letterbox_image
 from ..data.text import pad_batch
 from .config import RunConfig, method_of, run_key
 from .features import LiveFeatures
-from .fit import fit
+from .fit import Adam, fit
 from .opening import on_pictures, shared_pictures
 from .run import Run
 from .train import cut_rows, train_model
@@ -383,14 +383,14 @@ def train_on_pictures(
     backend:str='inductor', # of torch.compile, where `compute.compile` wants it
 )->list:                    # history
     "Train a run's model with everything on its device. KitError: its memory is full."
-    t, method, how = config.train, method_of(config.method), config.compute.compile
+    t, method, wish = config.train, method_of(config.method), config.compute.compile
     model.to(acc.device, memory_format=torch.channels_last)
 
     def plain(batch):
         features = source.maps(batch['taken'], batch['frames'])
         return method.loss(config.model, method.forward(model, features, batch), batch)
 
-    step = ChosenStep(plain, model, how, t.batch, acc, backend)
+    step = ChosenStep(plain, model, wish, t.batch, acc, backend)
     table = Table(samples, source, trim=not step.wanted)
 
     def batches(epoch, skip):
@@ -399,7 +399,8 @@ def train_on_pictures(
         return steps
 
     try: return fit(model, step, batches, t.epochs, t.lr, t.decay, checkpoint, run_key(config),
-                    acc, t.weight_decay, after_epoch=after_epoch, desc=config.experiment, look=look)
+                    acc, t.weight_decay, after_epoch=after_epoch, desc=config.experiment,
+                    how=Adam(method.betas, method.clip, method.schedule), look=look)
     except torch.OutOfMemoryError as e:
         mend = "Set compute.pictures to 'host', then compute.compile to 'off'; if that is not "
         mend += 'enough, lower train.batch, which makes it another run. The checkpoint is kept'
