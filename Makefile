@@ -60,8 +60,9 @@ lessons: setup ## run every notebook's cells, one thread each, with a time limit
 	  'log=build/$$(echo {} | tr / -).log; timeout $(SECONDS_A_NOTEBOOK) $(BIN)/nbdev_test --path {} --n_workers 0 --timing > "$$log" 2>&1 && echo "ok {}" \
 	   || { status=$$?; cat "$$log"; test $$status = 124 && echo "{}: stopped after $(SECONDS_A_NOTEBOOK) s"; echo "FAILED {}"; exit 1; }'
 
+# a file's tests stay together: they share what its fixtures have made
 pytest: setup
-	$(BIN)/pytest --ignore tests/test_clean.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CORES) --dist loadfile --ignore tests/test_clean.py
 
 export: setup ## lts_nb/ and README.md from the notebooks, and clean them
 	$(BIN)/python tools/strip.py
