@@ -403,6 +403,22 @@ def test_a_run_on_pictures_needs_no_cache_and_can_be_scored(places, tmp_path):
     for r in (run, cached): r.lock.release()
 
 
+def test_the_pictures_go_with_the_last_run_that_needs_them(opened, tmp_path):
+    import json
+    from lts_nb.manual.batch import release_features
+    run, _ = opened
+    kept = build_pictures(tmp_path/'pictures', run.refer, sorted(run.refer.images)[:3], 'k', 128, progress=False)
+    source = PictureFeatures(LiveFeatures(run.refer, run.backbone, 128), kept)
+    config = run.config.replace(compute=run.config.compute.replace(keep_cache=False))
+    (tmp_path/'plan.json').write_text(json.dumps(dict(runs=[config.plain()])))
+    release_features(tmp_path, config, source)
+    assert kept.folder.exists(), 'the run is not done'
+    (tmp_path/'runs'/config.run).mkdir(parents=True)
+    (tmp_path/'runs'/config.run/'result.json').write_text('{}')
+    release_features(tmp_path, config, source)
+    assert not kept.folder.exists()
+
+
 def test_auto_is_the_cache_on_a_processor(places):
     run = prepare(smoke(pictures='auto', compile='auto'), *places)
     train_here(run, run.samples('train'))

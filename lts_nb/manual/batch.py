@@ -16,7 +16,6 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from ..errors import KitError, disk_error, unknown_name, write_text
-from ..training.features import CachedFeatures
 from ..training.fit import terminate_as_interrupt
 from ..evidence.experiments import EXTRA, as_cells, run_config
 from ..training.config import describe_config
@@ -402,9 +401,10 @@ def release_features(
     config,       # of the run that has just finished
     source,       # its features
 ):
-    """Delete a run's feature cache once no unfinished run of the plan needs it, where the preset
-    wants that."""
-    if config.compute.keep_cache or not isinstance(source, CachedFeatures): return
+    """Delete a run's feature cache, or its pictures, once no unfinished run of the plan needs them,
+    where the preset wants that."""
+    kept = getattr(source, 'kept', source)  # pictures stand in a folder of their own
+    if config.compute.keep_cache or not hasattr(kept, 'folder'): return
     try: runs = json.loads((Path(out)/'plan.json').read_text())['runs']
     except (OSError, ValueError): return
     def cache(r):
@@ -412,7 +412,7 @@ def release_features(
         return r['data']['size'], r['data']['recipe'] or r['dataset']
     same = [r['run'] for r in runs if cache(r) == cache(config.plain())]
     if all((Path(out)/'runs'/run/'result.json').exists() for run in same):
-        shutil.rmtree(source.folder, ignore_errors=True)
+        shutil.rmtree(kept.folder, ignore_errors=True)
 
 # %% ../../nbs/manual/03_batch.ipynb #2dff15a7
 def reproduce(
