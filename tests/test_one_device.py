@@ -336,16 +336,37 @@ def test_a_full_memory_says_which_setting_to_lower(opened, tmp_path):
 def compiled_config(run, how): return run.config.replace(compute=run.config.compute.replace(compile=how))
 
 
-def test_a_compiled_step_gives_the_same_losses_and_its_trial_leaves_no_trace(opened):
+def test_a_compiled_step_gives_the_same_losses(opened):
+    "To 2 %: the words that are dropped differ, because one shape for all means other padding."
     run, _ = opened
     seen = []
     def backend(graph, inputs):
         seen.append(graph)
         return graph.forward
-    a, b = model_of(run), model_of(run)
-    plain = train_on_pictures(a, run.samples('train'), source_of(opened), run.config, run.acc)
-    compiled = train_on_pictures(b, run.samples('train'), source_of(opened), compiled_config(run, 'on'), run.acc, backend=backend)
-    assert seen and losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+    def train(how):
+        config = compiled_config(run, how)
+        config = config.replace(model=config.model.replace(text_dropout=.1))  # so that a step draws
+        model = model_of(run, config)
+        history = train_on_pictures(model, run.samples('train'), source_of(opened), config, run.acc, backend=backend)
+        return history, model
+    plain, a = train('off')
+    compiled, b = train('on')
+    assert seen and losses(compiled) == pytest.approx(losses(plain), rel=2e-2)
+    for name, value in a.named_buffers(): assert torch.allclose(value.float(), dict(b.named_buffers())[name].float(), rtol=.1, atol=.05), name
+
+
+def test_what_is_tried_out_leaves_no_trace(opened):
+    run, _ = opened
+    model, device = model_of(run), torch.device('cpu')
+    model.train()
+    before, drawn = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), one_device.undisturbed(model, device):
+        torch.rand(3)
+        for b in model.buffers(): b.add_(1)
+        next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
+        1/0
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), drawn) and all(p.grad is None for p in model.parameters())
 
 
 def test_a_compiler_that_fails_is_a_sentence_and_the_step_stays(opened, capsys):
@@ -380,6 +401,22 @@ def test_a_run_on_pictures_needs_no_cache_and_can_be_scored(places, tmp_path):
         ours, theirs = (next(iter(loader(val, s, [[0, 5, 9]], workers))) for s in (run.source, cached.source))
         for a, b in zip(on_device(ours, run.source, 'cpu')[0], on_device(theirs, cached.source, 'cpu')[0]): assert torch.equal(a, b)
     for r in (run, cached): r.lock.release()
+
+
+def test_the_pictures_go_with_the_last_run_that_needs_them(opened, tmp_path):
+    import json
+    from lts_nb.manual.batch import release_features
+    run, _ = opened
+    kept = build_pictures(tmp_path/'pictures', run.refer, sorted(run.refer.images)[:3], 'k', 128, progress=False)
+    source = PictureFeatures(LiveFeatures(run.refer, run.backbone, 128), kept)
+    config = run.config.replace(compute=run.config.compute.replace(keep_cache=False))
+    (tmp_path/'plan.json').write_text(json.dumps(dict(runs=[config.plain()])))
+    release_features(tmp_path, config, source)
+    assert kept.folder.exists(), 'the run is not done'
+    (tmp_path/'runs'/config.run).mkdir(parents=True)
+    (tmp_path/'runs'/config.run/'result.json').write_text('{}')
+    release_features(tmp_path, config, source)
+    assert not kept.folder.exists()
 
 
 def test_auto_is_the_cache_on_a_processor(places):

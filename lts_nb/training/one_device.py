@@ -7,7 +7,7 @@ __all__ = ['GRIDS', 'LOOK', 'as_bytes', 'as_pixels', 'unpack_bits', 'picture_key
            'PictureFeatures', 'Table', 'Steps', 'undisturbed', 'ChosenStep', 'train_on_pictures', 'open_pictures',
            'train_here']
 
-# %% ../../nbs/training/13_one_device.ipynb #3bc5d7c7
+# %% ../../nbs/training/13_one_device.ipynb #c0411cf6
 import copy, hashlib, json, logging, os, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,7 @@ from .opening import on_pictures, shared_pictures
 from .run import Run
 from .train import cut_rows, train_model
 
-# %% ../../nbs/training/13_one_device.ipynb #fc08b9fb
+# %% ../../nbs/training/13_one_device.ipynb #219f40e1
 def as_bytes(
     image:np.ndarray,   # uint8 (H, W, 3)
     size:int,           # side of the square
@@ -53,7 +53,7 @@ def as_pixels(
     # the bytes stand channels last already, so turning the axes moves nothing
     return (taken.float()/255).masked_fill_(outside, GREY).permute(0, 3, 1, 2).to(dtype)
 
-# %% ../../nbs/training/13_one_device.ipynb #67abffa6
+# %% ../../nbs/training/13_one_device.ipynb #33b118cd
 def unpack_bits(
     bits:torch.Tensor, # (B, bytes) uint8, eight cells a byte, the first cell in the highest bit
     side:int,          # of the grid
@@ -63,7 +63,7 @@ def unpack_bits(
     cells = (bits[..., None] >> places) & 1
     return cells.flatten(1)[:, :side**2].reshape(-1, 1, side, side).float()
 
-# %% ../../nbs/training/13_one_device.ipynb #817a1b5c
+# %% ../../nbs/training/13_one_device.ipynb #51aaceb0
 def picture_key(
     fingerprint:str,    # of the data
     size:int,           # side of the square
@@ -96,7 +96,7 @@ class KeptPictures:
     @property
     def nbytes(self): return self.pictures.nbytes
 
-# %% ../../nbs/training/13_one_device.ipynb #ae1b27ed
+# %% ../../nbs/training/13_one_device.ipynb #9254b2d6
 def _append(part, name, bytes_):
     "Add to a file and see it safe on the disk."
     with open(part/name, 'ab') as f:
@@ -121,7 +121,7 @@ def _write_pictures(part, refer, image_ids, size, stretch, batch, progress):
         write_text(note, json.dumps(dict(done=i + len(some))))
     write_text(part/'about.json', json.dumps(dict(size=size, stretch=stretch, images=image_ids)))
 
-# %% ../../nbs/training/13_one_device.ipynb #f1388526
+# %% ../../nbs/training/13_one_device.ipynb #f6368d64
 def build_pictures(
     folder,              # where pictures are kept; these get a folder below
     refer,               # opens them
@@ -145,7 +145,7 @@ def build_pictures(
             part.rename(done)
     return KeptPictures(done)
 
-# %% ../../nbs/training/13_one_device.ipynb #21291c52
+# %% ../../nbs/training/13_one_device.ipynb #a6966a3a
 def place_of(
     need:int,   # bytes of all pictures
     wanted:str, # 'device', 'host' or 'auto'
@@ -175,7 +175,7 @@ def _placed(kept, place, device):
     for i in range(0, len(here), 256): there[i:i + 256].copy_(here[i:i + 256])
     return there
 
-# %% ../../nbs/training/13_one_device.ipynb #c85eddb4
+# %% ../../nbs/training/13_one_device.ipynb #b8688d9d
 class PictureFeatures(LiveFeatures):
     "A feature source that keeps pictures, and computes maps from them when they are asked for."
     def __init__(self,
@@ -200,28 +200,31 @@ class PictureFeatures(LiveFeatures):
         at = [self.index[i] for i in image_ids]
         return as_pixels(torch.from_numpy(self.kept.pictures[at]), self.kept.frames[at])
 
-    def take(self,
-        at,     # B places of pictures, on the device
-        known,  # the same as a list, for pictures in the host's memory
-    )->tuple:   # (B, S, S, 3) uint8 and (B, 4), on the device
-        "Pictures and their frames, without waiting for the device."
-        frames = self.frames.index_select(0, at)
-        if self.pictures.device == self.device: return self.pictures.index_select(0, at), frames
-        there = torch.empty(len(known), *self.pictures.shape[1:], dtype=torch.uint8,
-                            device=self.device)
-        for k, place in enumerate(known): there[k].copy_(self.pictures[place], non_blocking=True)
-        return there, frames
+# %% ../../nbs/training/13_one_device.ipynb #3fdea8e7
+@patch
+def take(self:PictureFeatures,
+    at,     # B places of pictures, on the device
+    known,  # the same as a list, for pictures in the host's memory
+)->tuple:   # (B, S, S, 3) uint8 and (B, 4), on the device
+    "Pictures and their frames, without waiting for the device."
+    frames = self.frames.index_select(0, at)
+    if self.pictures.device == self.device: return self.pictures.index_select(0, at), frames
+    there = torch.empty(len(known), *self.pictures.shape[1:], dtype=torch.uint8,
+                        device=self.device)
+    for k, place in enumerate(known): there[k].copy_(self.pictures[place], non_blocking=True)
+    return there, frames
 
-    @torch.no_grad()
-    def maps(self,
-        taken, frames,  # from `take`
-    )->tuple:           # three float32 maps
-        "The maps of a training batch, one pass for all its pictures."
-        with torch.autocast(self.device.type, enabled=False):
-            maps = self.body(as_pixels(taken, frames, self.dtype))
-        return tuple(m.float() for m in maps)
+@patch
+@torch.no_grad()
+def maps(self:PictureFeatures,
+    taken, frames,  # from `take`
+)->tuple:           # three float32 maps
+    "The maps of a training batch, one pass for all its pictures."
+    with torch.autocast(self.device.type, enabled=False):
+        maps = self.body(as_pixels(taken, frames, self.dtype))
+    return tuple(m.float() for m in maps)
 
-# %% ../../nbs/training/13_one_device.ipynb #6b2cbc89
+# %% ../../nbs/training/13_one_device.ipynb #d0c9b833
 GRIDS = {'mask': 4, 'prior': 8}  # targets that are packed grids, and their strides
 
 def _sent(value, device):
@@ -255,7 +258,7 @@ class Table:
         self.boxes = boxed and torch.stack(boxed).to(device)
         self.others = [name for name in samples.targets if name not in (*GRIDS, 'box')]
 
-# %% ../../nbs/training/13_one_device.ipynb #78ba695b
+# %% ../../nbs/training/13_one_device.ipynb #32e8b4ef
 @patch
 def batch(self:Table,
     rows:list,           # sentences with falling lengths
@@ -280,6 +283,7 @@ def batch(self:Table,
     found['taken'], found['frames'] = self.source.take(at, self.known[rows].tolist())
     return found
 
+# %% ../../nbs/training/13_one_device.ipynb #bf73b198
 class Steps:
     "The batches of an epoch. All that is sent to the device is their order, once."
     def __init__(self,
@@ -296,7 +300,7 @@ class Steps:
         parts = order.split([len(rows) for rows in self.cut]) if self.cut else ()
         for rows, part in zip(self.cut, parts): yield self.table.batch(rows, part)
 
-# %% ../../nbs/training/13_one_device.ipynb #79350674
+# %% ../../nbs/training/13_one_device.ipynb #9792a320
 @contextmanager
 def undisturbed(
     model:torch.nn.Module, # that is tried out
@@ -326,7 +330,7 @@ def _tensors(batch):
     "What a compiled step may see: row numbers would make a new program of every batch."
     return {name: value for name, value in batch.items() if torch.is_tensor(value)}
 
-# %% ../../nbs/training/13_one_device.ipynb #34c49df6
+# %% ../../nbs/training/13_one_device.ipynb #0f7bccb5
 class ChosenStep:
     "A step that is compiled where this is wanted, works and pays."
     def __init__(self,
@@ -342,33 +346,35 @@ class ChosenStep:
         self.wanted = how == 'on' or how == 'auto' and acc.device.type == 'cuda'
         self.always = how == 'on'
 
-    def choose(self,
-        batch:dict, # a whole one
-    ):
-        "Decide on a first batch; afterwards `chosen` is the step, and `seconds` tells both times."
-        seen = _tensors(batch)
-        if not self.wanted or len(seen) + 2 < len(batch) or len(batch['rows']) != self.size: return
-        logging.getLogger('torch._dynamo').setLevel(logging.ERROR)
-        compiled = torch.compile(self.plain, dynamic=False, backend=self.backend)
-        self.model.train()
-        with undisturbed(self.model, self.acc.device):
-            try: fast = _seconds_of(compiled, seen, self.acc)
-            except Exception as e:  # a compiler that is missing, a graph that it cannot make …
-                said = (str(e).strip().splitlines() or [''])[0][:100]
-                print(f'torch.compile does not work here, the step stays as it is '
-                      f'({type(e).__name__}: {said})')
-                self.wanted = False
-                return
-            slow = _seconds_of(self.plain, seen, self.acc)
-        self.seconds = dict(compiled=fast, plain=slow)
-        self.wanted = self.always or fast < slow
-        if self.wanted: self.chosen = compiled
-
     def __call__(self, batch):
         if self.chosen is None or len(batch['rows']) != self.size: return self.plain(batch)
         return self.chosen(_tensors(batch))
 
-# %% ../../nbs/training/13_one_device.ipynb #3c59df5d
+# %% ../../nbs/training/13_one_device.ipynb #42bc4063
+@patch
+def choose(self:ChosenStep,
+    batch:dict, # a whole one
+):
+    "Decide on a first batch; afterwards `chosen` is the step, and `seconds` tells both times."
+    seen = _tensors(batch)
+    if not self.wanted or len(seen) + 2 < len(batch) or len(batch['rows']) != self.size: return
+    logging.getLogger('torch._dynamo').setLevel(logging.ERROR)
+    compiled = torch.compile(self.plain, dynamic=False, backend=self.backend)
+    self.model.train()
+    with undisturbed(self.model, self.acc.device):
+        try: fast = _seconds_of(compiled, seen, self.acc)
+        except Exception as e:  # a compiler that is missing, a graph that it cannot make …
+            said = (str(e).strip().splitlines() or [''])[0][:100]
+            print(f'torch.compile does not work here, the step stays as it is '
+                  f'({type(e).__name__}: {said})')
+            self.wanted = False
+            return
+        slow = _seconds_of(self.plain, seen, self.acc)
+    self.seconds = dict(compiled=fast, plain=slow)
+    self.wanted = self.always or fast < slow
+    if self.wanted: self.chosen = compiled
+
+# %% ../../nbs/training/13_one_device.ipynb #5d02cf12
 LOOK = 50  # steps between two looks at the losses
 
 def train_on_pictures(
@@ -406,7 +412,7 @@ def train_on_pictures(
         mend += 'enough, lower train.batch, which makes it another run. The checkpoint is kept'
         raise KitError('the memory of the device is full', str(acc.device), mend) from e
 
-# %% ../../nbs/training/13_one_device.ipynb #bc65e4c7
+# %% ../../nbs/training/13_one_device.ipynb #e682caf7
 def open_pictures(
     run:Run,       # prepared
     progress=True, # show a bar
