@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'MARGIN', 'NO_DIFFERENCE', 'VERDICTS', 'RULES', 'Claim', 'printed_effect', 'seed_interval', 'image_interval',
-           'verdict', 'effect', 'look_effects', 'grid_share', 'experiments_of', 'effects_frame', 'claims_frame',
-           'simulate_pairs', 'coverage', 'simulate_suite', 'follow', 'is_wrong', 'chance_to_decide']
+           'verdict', 'effect', 'look_effects', 'grid_share', 'experiments_of', 'effects_frame', 'seed_effects',
+           'claims_frame', 'simulate_pairs', 'coverage', 'simulate_suite', 'follow', 'is_wrong', 'chance_to_decide']
 
 # %% ../../nbs/evidence/06_claims.ipynb #35274c71
 from dataclasses import dataclass
@@ -346,6 +346,19 @@ def effects_frame(
     return pd.DataFrame(out, columns=[
         'claim', 'step', 'dataset', 'split', 'metric', 'look', 'effect', 'low', 'high',
         'image_low', 'image_high', 'seed_low', 'seed_high', 'seeds', 'each'])
+
+# %% ../../nbs/evidence/06_claims.ipynb #241a518f
+def seed_effects(
+    claim:Claim,   # of two rows
+    results:list,  # from `load_results`
+    dataset:str,   # by our name
+    split:str='val', # val, testA, testB or test
+)->dict:           # {seed: points}
+    "A claim's effect, seed by seed, on the data set that plays RefCOCO."
+    named = experiments_of(claim, 'refcoco')
+    better, than = (named[row] for row in claim.rows)
+    pairs = _pairs(_reader(results), better, than, dataset, split)
+    return dict(zip(pairs, _differences(pairs, claim.metric)))
 
 # %% ../../nbs/evidence/06_claims.ipynb #661f172f
 def _untested(claim, role, results, preset):

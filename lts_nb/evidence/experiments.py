@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'EXTRA', 'RIVALS', 'RATES', 'SIZES_416', 'SPLITS_OF', 'ROWS', 'TABLES', 'ABLATION', 'SHAPES', 'PAPER',
            'MAX_LEN', 'CPU', 'GPU', 'SMALL_SIZES', 'SHALLOW', 'DARKNET53', 'PRESETS', 'FROZEN', 'PACKAGE', 'Row',
-           'base_of', 'method_for', 'stride_of', 'blind_of', 'Cells', 'as_cells', 'rows', 'preset_of', 'run_name',
-           'run_config', 'runs_for', 'imported_modules', 'module_closure', 'module_hashes', 'run_modules',
+           'base_of', 'method_for', 'stride_of', 'blind_of', 'Cells', 'as_cells', 'rows', 'variant_name', 'preset_of',
+           'run_name', 'run_config', 'runs_for', 'imported_modules', 'module_closure', 'module_hashes', 'run_modules',
            'method_hashes', 'run_hashes']
 
 # %% ../../nbs/evidence/02_experiments.ipynb #a8c68482
-import ast, hashlib
+import ast, hashlib, re
 from dataclasses import asdict
 from importlib.util import resolve_name
 from pathlib import Path
@@ -235,12 +235,33 @@ PRESETS |= {
 }
 
 # %% ../../nbs/evidence/02_experiments.ipynb #dc8641a6
+def variant_name(
+    preset:str,   # a key of PRESETS that makes its data
+    backbone:int, # seed of its pretraining
+    data:int,     # seed of the data
+)->str:           # 'cpu-b1-d2022', which `preset_of` knows
+    "The name of a preset on another backbone and on other data."
+    return f'{preset}-b{backbone}-d{data}'
+
+def _variant(name):
+    "A preset's variant by its name; None where the name is no such."
+    found = re.fullmatch(r'(\w+)-b(\d+)-d(\d+)', name)
+    base = PRESETS.get(found[1]) if found else None
+    if not base or not base['recipe']: return None
+    weights = {'weights': f'backbones/{found[2]}.safetensors'}  # below the data
+    return base | dict(like=base.get('like', found[1]), controls=False,
+                       datasets={'refcoco': base['datasets']['refcoco']},
+                       recipe=base['recipe'] | {'seed': int(found[3])}, pictures=base['recipe'],
+                       backbone=base['backbone'] | weights,
+                       pretrain=base['pretrain'] | {'seed': int(found[2])})
+
 def preset_of(
-    name:str, # smoke, cpu, gpu or paper
+    name:str, # smoke, cpu, gpu or paper, or a variant's name
 )->dict:      # its numbers
     "A preset by name; KitError with the nearest names where there is none."
-    if name not in PRESETS: raise unknown_name('preset', name, PRESETS)
-    return PRESETS[name]
+    if name in PRESETS: return PRESETS[name]
+    if variant := _variant(name): return variant
+    raise unknown_name('preset', name, PRESETS)
 
 # %% ../../nbs/evidence/02_experiments.ipynb #378170df
 FROZEN = {'cpu': {'refshapes': '1b40b777cfb25edc', 'refshapes+': 'e96b7c3c75e7b858',
@@ -264,7 +285,8 @@ def _backbone(p, pretrain):
                        'weights',
                        'preset paper', 'Leave --pretrain out')
     made_here = {'weights': 'pretrained'} if pretrain else {}
-    return b | made_here | dict(pretrain=p['pretrain'], recipe=p['recipe'])
+    pictures = p.get('pictures', p['recipe'])
+    return b | made_here | dict(pretrain=p['pretrain'], recipe=pictures)
 
 def run_config(
     experiment:str,     # a key of EXPERIMENTS
