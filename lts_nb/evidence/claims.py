@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'MARGIN', 'NO_DIFFERENCE', 'VERDICTS', 'RULES', 'Claim', 'printed_effect', 'seed_interval', 'image_interval',
-           'verdict', 'effect', 'look_effects', 'grid_share', 'experiments_of', 'effects_frame', 'claims_frame',
-           'simulate_pairs', 'coverage', 'simulate_suite', 'follow', 'is_wrong', 'chance_to_decide']
+           'verdict', 'effect', 'look_effects', 'grid_share', 'experiments_of', 'effects_frame', 'seed_effects',
+           'claims_frame', 'simulate_pairs', 'coverage', 'simulate_suite', 'follow', 'is_wrong', 'chance_to_decide']
 
 # %% ../../nbs/evidence/06_claims.ipynb #35274c71
 from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np, pandas as pd
 from scipy import stats
-from .experiments import base_of, preset_of, rows
+from .experiments import ROWS, preset_of
 from .looks import (ALPHA, IMAGES, LOOKS, critical_t, holm, look_interval, looks_of,
                                    p_of)
 from .paper import published
@@ -113,6 +113,13 @@ CLAIMS += [
 assert len({c.claim for c in CLAIMS}) == len(CLAIMS)
 
 # %% ../../nbs/evidence/06_claims.ipynb #87c9b039
+@lru_cache(maxsize=1)
+def _printed():
+    "{(table, data set, split, row): IoU} of the paper."
+    p = published()
+    p = p[p.metric == 'IoU']
+    return dict(zip(zip(p.table, p.dataset, p.split, p.row), p.value))
+
 def printed_effect(
     claim:Claim,      # one of CLAIMS
     dataset:str,      # 'refcoco', 'refcoco+' or 'refcocog'
@@ -120,9 +127,7 @@ def printed_effect(
 )->float:             # points; NaN where the paper prints none
     "The paper's own number for a claim."
     if claim.printed: return claim.printed if (dataset, split) == ('refcoco', 'val') else np.nan
-    p = published()
-    p = p[(p.table == claim.table) & (p.dataset == dataset) & (p.split == split)]
-    v = p[p.metric == 'IoU'].set_index('row')['value'].reindex(list(claim.rows)).to_numpy()
+    v = [_printed().get((claim.table, dataset, split, row), np.nan) for row in claim.rows]
     return float(np.diff(v).min()) if claim.test == 'rising' else float(v[0] - v[1])
 
 # %% ../../nbs/evidence/06_claims.ipynb #2c7b6eed
@@ -146,12 +151,11 @@ def _value(totals, metric):
     return 100 * getattr(t, top).sum(-1) / getattr(t, bottom).sum(-1)
 
 # %% ../../nbs/evidence/06_claims.ipynb #947ac913
-def _of_draws(times, all_totals, metric):
-    "(draws, models) percent, where an image of a draw counts as often as `times` (draws, images)."
-    top, bottom = _ratios[metric]
-    tops = np.stack([getattr(Totals.of(t), top) for t in all_totals], 1)
-    bottoms = np.stack([getattr(Totals.of(t), bottom) for t in all_totals], 1)
-    return 100*(times @ tops)/(times @ bottoms)
+def _fraction(all_totals, metric):
+    "(images, 2 · models): what a metric divides, then by what."
+    columns = []
+    for part in _ratios[metric]: columns += [getattr(Totals.of(t), part) for t in all_totals]
+    return np.stack(columns, 1)
 
 def image_interval(
     pairs:list,         # (totals, totals or a number) a seed: a model, and what it is compared with
@@ -163,15 +167,18 @@ def image_interval(
     """Interval of a difference, averaged over seeds, over test images.
 
     Both models and all seeds see the same draws; totals are those of `tables.image_totals`."""
-    images = len(pairs[0][0])
+    images, seeds = len(pairs[0][0]), len(pairs)
     ones, others = zip(*pairs)
+    given = np.isscalar(others[0])
+    parts = _fraction(ones if given else ones + others, metric)
     def means(rows):
         drawn = rows.reshape(-1, images)
-        times = np.stack([np.bincount(r, minlength=images) for r in drawn]).astype(float)
-        given = np.isscalar(others[0])
-        than = np.array(others) if given else _of_draws(times, others, metric)
-        each = _of_draws(times, ones, metric) - than
-        out = [each[:, :n].mean(1) for n in at or [len(pairs)]]
+        # an image counts as often as it was drawn
+        times = np.stack([np.bincount(r, minlength=images) for r in drawn])
+        above, below = np.split(times.astype(float) @ parts, 2, 1)
+        values = 100*above/below
+        each = values[:, :seeds] - (np.array(others) if given else values[:, seeds:])
+        out = [each[:, :n].mean(1) for n in at or [seeds]]
         return np.stack(out, -1).reshape(*rows.shape[:-1], len(out))
     low, high = bootstrap_interval(means, images, draws, level=level)
     return (low, high) if at else (float(low[0]), float(high[0]))
@@ -311,8 +318,8 @@ def experiments_of(
     role:str,    # the paper's name of the data set
 )->dict:         # {row: experiment}
     "The rows of a claim's table and data set that the kit can run."
-    r = rows([claim.table])
-    return r[r.dataset == role].drop_duplicates('row').set_index('row').experiment.to_dict()
+    mine = [r for r in ROWS if r.table == claim.table and role in r.datasets]
+    return {r.row: r.experiment for r in mine}
 
 # %% ../../nbs/evidence/06_claims.ipynb #15dfd25b
 def effects_frame(
@@ -339,6 +346,19 @@ def effects_frame(
     return pd.DataFrame(out, columns=[
         'claim', 'step', 'dataset', 'split', 'metric', 'look', 'effect', 'low', 'high',
         'image_low', 'image_high', 'seed_low', 'seed_high', 'seeds', 'each'])
+
+# %% ../../nbs/evidence/06_claims.ipynb #241a518f
+def seed_effects(
+    claim:Claim,   # of two rows
+    results:list,  # from `load_results`
+    dataset:str,   # by our name
+    split:str='val', # val, testA, testB or test
+)->dict:           # {seed: points}
+    "A claim's effect, seed by seed, on the data set that plays RefCOCO."
+    named = experiments_of(claim, 'refcoco')
+    better, than = (named[row] for row in claim.rows)
+    pairs = _pairs(_reader(results), better, than, dataset, split)
+    return dict(zip(pairs, _differences(pairs, claim.metric)))
 
 # %% ../../nbs/evidence/06_claims.ipynb #661f172f
 def _untested(claim, role, results, preset):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'Preset', 'Tables', 'Methods', 'AllCells', 'Seeds', 'Cores', 'Out', 'Root', 'Pretrain', 'Data',
            'By', 'Measure', 'Show', 'Devices', 'UpTo', 'Profile', 'UntilDecided', 'MaxSeeds', 'Hours', 'RunFolder',
-           'reproduce', 'plan', 'report', 'compare', 'data_make', 'data_fetch', 'data_leakage', 'data_check',
+           'reproduce', 'plan', 'report', 'compare', 'beyond', 'data_make', 'data_fetch', 'data_leakage', 'data_check',
            'evaluate', 'score', 'predict', 'export', 'main']
 
 # %% ../../nbs/manual/09_cli.ipynb #aa1ea313
@@ -154,6 +154,26 @@ def compare(
         beyond = int(differs.beyond.sum())
         typer.echo(differs.to_string(index=False))
         typer.echo(f'{beyond} of {len(differs)} differ by more than their interval.')
+
+# %% ../../nbs/manual/09_cli.ipynb #7db2f1a3
+@app.command()
+def beyond(
+    preset:Preset='cpu',
+    backbones:Annotated[int, typer.Option(min=2, help='How many pretrained backbones.')]=3,
+    data:Annotated[Optional[list[int]], typer.Option(
+        help="A seed of the data; may be given several times. The two after the preset's.")]=None,
+    seeds:Annotated[int, typer.Option(min=2, help='Trainings in each cell of the grid.')]=3,
+    claim:Annotated[Optional[list[str]], typer.Option(
+        help='A claim by its name; may be given several times. The headline claims.')]=None,
+    cores:Cores=None, out:Out=None, root:Root=None,
+):
+    """Show whether the headline claims depend on the backbone or on the data.
+    Trains them on other backbones and on further data."""
+    from lts_nb.manual.until import beyond
+    frame = beyond(preset, range(backbones), data, seeds, claim, cores, out, root)
+    typer.echo(frame.round(2).to_string(index=False))
+    typer.echo('Points: the mean, and the standard deviation that backbone, data, both together '
+               'and the training seed add; then the lowest and highest cell.')
 
 # %% ../../nbs/manual/09_cli.ipynb #ac6ed97d
 @data_app.command('make')

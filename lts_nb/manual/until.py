@@ -4,23 +4,26 @@
 
 # %% auto #0
 __all__ = ['runs_behind', 'open_after', 'Look', 'judge', 'check_most', 'next_look', 'chances', 'tally', 'describe_look',
-           'describe_looks', 'reproduce_until_decided']
+           'describe_looks', 'reproduce_until_decided', 'backbone_of', 'beyond']
 
 # %% ../../nbs/manual/08_until.ipynb #fdec48b9
-import json, os, time
+import json, os, shutil, time
 from pathlib import Path
 from typing import NamedTuple
 import pandas as pd
-from ..errors import KitError, write_text
+from ..errors import KitError, atomic_path, write_text
+from ..evidence.beyond import beyond_frame, beyond_runs
 from ..evidence.claims import (CLAIMS, chance_to_decide, claims_frame, effects_frame,
                                     experiments_of)
 from ..evidence.experiments import (base_of, blind_of, method_hashes, preset_of, rows,
                                          run_config, runs_for)
 from ..evidence.looks import LOOKS, looks_of
-from ..evidence.tables import load_results
+from ..evidence.tables import load_results, write_csv
 from .batch import (Place, bring_up, check_inputs, default_out, default_root,
                                  make_report, open_folder, run_seconds, run_state, say_where,
                                  time_left)
+from ..training.config import BackboneConfig, PretrainConfig
+from ..training.opening import ensure_backbone, ensure_data, shared_backbone
 
 # %% ../../nbs/manual/08_until.ipynb #965a2ae5
 def runs_behind(
@@ -231,3 +234,65 @@ def reproduce_until_decided(
     for line in filter(None, [said, '' if made.shared else _end(look, made)]): print(line)
     if not made.shared: say_where(out, preset)
     return 1 if failed else 0
+
+# %% ../../nbs/manual/08_until.ipynb #9bddd2dc
+def backbone_of(
+    preset:str, # a key of PRESETS that makes its data
+    seed:int,   # of the pretraining
+    out,        # where it is kept, below shared/
+    root,       # the preset's data
+)->Path:        # the file of its weights
+    "A backbone of a preset from another seed; made where it is missing."
+    config = run_config('lts', 'refcoco', preset)
+    shipped = config.backbone.weights == 'shipped' and seed == config.backbone.pretrain.seed
+    if not shipped:
+        settings = config.backbone.pretrain.replace(seed=seed)
+        config = config.replace(backbone=config.backbone.replace(weights='pretrained',
+                                                                 pretrain=settings))
+        ensure_data(config, root, os.cpu_count() or 1)
+    ensure_backbone(config, root, out)
+    return shared_backbone(config, out, root)
+
+def _lay(weights, place):
+    "A copy of a backbone below the data of a cell; one that is there stays as it is."
+    if place.exists(): return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(place) as part: shutil.copyfile(weights, part)
+
+# %% ../../nbs/manual/08_until.ipynb #2ec86c20
+def beyond(
+    preset:str='cpu',      # smoke, cpu or gpu
+    backbones=(0, 1, 2),   # seeds of their pretraining
+    data=None,             # seeds of the data; None: the two after the preset's
+    seeds:int=3,           # of training, in each cell
+    names=None,            # of claims; None: the headline claims
+    cores=None,            # processors; None: all
+    out=None,              # the folder; None: beyond/ in the preset's
+    root=None,             # the preset's data; a cell's data lie beside it
+    place:Place=Place(),   # where runs are computed
+)->pd.DataFrame:           # of `beyond_frame`, also in OUT/beyond.csv
+    """Does it depend on the backbone or on the benchmark? KitError where runs failed."""
+    recipe = preset_of(preset)['recipe']
+    if recipe is None:
+        raise KitError('this preset uses published data and weights, of which there is one each',
+                       f'--preset {preset}', 'Choose --preset smoke, cpu or gpu')
+    data = tuple(data or (recipe['seed'] + 1, recipe['seed'] + 2))
+    out = Path(out or default_out(preset)/'beyond').resolve()
+    root = Path(root or default_root(preset)).resolve()
+    cells, failed, lock = [(b, d) for b in backbones for d in data], [], open_folder(out)
+    try:
+        files = {b: backbone_of(preset, b, out, root) for b in backbones}
+        for b, d in cells:
+            runs, beside = beyond_runs(preset, b, d, seeds, names), root.parent/f'{root.name}-d{d}'
+            _lay(files[b], beside/'backbones'/f'{b}.safetensors')
+            folder = out/f'b{b}-d{d}'
+            folder.mkdir(exist_ok=True)
+            print(f'Backbone {b}, data {d}: {_of(len(runs), "run")}', flush=True)
+            failed += bring_up(runs, None, seeds, folder, beside, cores, place).failed
+        if failed: raise KitError(f'{_of(len(failed), "run")} failed', out,
+                                  'Read their notebooks, then run the same command again')
+        frame, runs = beyond_frame(out, preset, cells, names)
+        write_csv(out/'beyond.csv', frame)
+        write_csv(out/'beyond_runs.csv', runs)
+    finally: lock.release()
+    return frame
