@@ -294,7 +294,7 @@ class Relation(nn.Module):
     def forward(self, look, place):  # (...,5,c_deep), (...,5,5) -> (...,5,d)
         return self.out(torch.cat([self.look(look), self.place(place)], -1))
 
-# %% ../../nbs/rivals/18_mattnet.ipynb #6797ffd3
+# %% ../../nbs/rivals/18_mattnet.ipynb #f9aab5f0
 class Tower(nn.Module):
     "Linear, normalisation, ReLU, dropout, linear, normalisation; then length 1."
     def __init__(self,
@@ -310,6 +310,7 @@ class Tower(nn.Module):
         x = self.drop(over_rows(self.norm, self.first(x)).relu())
         return F.normalize(over_rows(self.last_norm, self.last(x)), dim=-1)
 
+# %% ../../nbs/rivals/18_mattnet.ipynb #6c50d1b3
 class Matching(nn.Module):
     "F(v, q): the cosine of what is seen and what is said, each behind a tower."
     def __init__(self,
