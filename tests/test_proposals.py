@@ -231,7 +231,7 @@ def test_things_come_back_from_disk_as_they_went():
     assert (got.masks[2, 1].numpy() == pictures[7][1][3]).all() and not got.masks[1].any()
     for name, wrong in dict(first=np.array([0, 1]), masks=np.zeros((3, 5), np.uint8), scores=np.full(3, np.nan, np.float32),
                             boxes=np.zeros((2, 4), np.float32)).items():
-        with pytest.raises(KitError, match='Delete the file'): KeptThings(pack_things(pictures) | {name: wrong}, 32)
+        with pytest.raises(KitError, match='Delete the folder'): KeptThings(pack_things(pictures) | {name: wrong}, 32)
 
 
 def test_theta_falls_until_a_candidate_remains():
@@ -260,7 +260,7 @@ def test_a_run_that_chooses(dot, tmp_path):
     from lts_nb.training.opening import ensure_backbone, ensure_data
     from lts_nb.training.run import prepare, score_run, write_result
     from lts_nb.training.train import train_model
-    config = run_config('dot', 'refcoco', 'smoke').replace(finishes=['plain', 'truth'])
+    config = run_config('dot', 'refcoco', 'smoke').replace(splits=('val', 'testA'))
     assert config.head and type(config).read(json.loads(json.dumps(config.plain())), 'x') == config
     assert 'head' not in run_config('lts', 'refcoco', 'smoke').plain()
     ensure_data(config, tmp_path/'data'), ensure_backbone(config, tmp_path/'data', tmp_path)
@@ -279,6 +279,11 @@ def test_a_run_that_chooses(dot, tmp_path):
     scored = score_run(run)
     result = write_result(run, history, scored, {})
     assert set(result['things']) >= {'head', 'theta'} and 'truth' in result['finishes']
+    assert set(result['choices']['val']) == {'oracle', 'random', 'confident', 'recall'}
+    with np.load(run.folder/'samples-val.npz') as kept: assert {'oracle_i', 'best', 'truth_i', 'candidates'} <= set(kept.files)
+    from lts_nb.evidence.tables import load_results, settings_frame
+    table = settings_frame(load_results(tmp_path))
+    assert list(table.split) == list(config.splits) and (table.oracle >= table.detected).all() and table.truth.notna().all()
     # live features give the same scores
     live = config.replace(compute=config.compute.replace(cache_gb=0), run='dot-live')
     again = prepare(live, tmp_path/'data', tmp_path)
@@ -289,3 +294,28 @@ def test_a_run_that_chooses(dot, tmp_path):
 def test_only_runs_that_choose_depend_on_the_candidates(dot):
     assert 'training.candidates' in run_modules('dot') and 'training.candidates' not in run_modules('lts')
     assert 'rivals.proposals' not in run_modules('lts')
+
+
+def test_what_candidates_allow_is_counted_by_sentence(dot, tmp_path):
+    from lts_nb.data.dataset import Samples
+    from lts_nb.data.refer import Refer
+    from lts_nb.data.shapes import Recipe, make_family
+    from lts_nb.data.text import build_vocab
+    from lts_nb.training.candidates import choice_metrics, choice_scores
+    make_family(tmp_path, Recipe(seed=5, train=16, val=4, testA=2, testB=2))
+    refer = Refer(tmp_path, 'refshapes')
+    samples = Samples(refer, 'val', build_vocab(refer), size=128)
+    known = annotated_things(refer, sorted(refer.images), 128)
+    found = choice_scores(samples, KeptThings(known, 128))
+    area = np.array([refer.mask(ref.ann_id).mean() for ref, _ in samples.rows])
+    told = choice_metrics(found, area)
+    # true masks are the best candidates, and chance finds less
+    assert told['recall']['recall@0.5'] == 100 and told['oracle']['oIoU'] > 85 > told['random']['oIoU']
+    assert (found['oracle_i'] >= found['random_i']).all() or (found['best'] > .6).all()
+    assert told['recall']['candidates'] == pytest.approx(np.mean([len(samples.objects_of(r.image_id)) for r, _ in samples.rows]))
+    # without its object the oracle fails
+    ref = samples.rows[0][0]
+    line = KeptThings(known, 128).lines(ref.image_id).start + samples.objects_of(ref.image_id).index(ref.ann_id)
+    masks = known['masks'].copy(); masks[line] = 0
+    less = choice_scores(samples, KeptThings(known | {'masks': masks}, 128))
+    assert less['best'][0] < .5 < found['best'][0]

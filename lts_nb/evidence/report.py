@@ -22,8 +22,8 @@ from .figures import (accuracy_over_operations, figure4, figure5, figure5_column
                                       resolution_curve, save_figure, table2_bars, training_curves)
 from ..data.refer import PUBLISHED_COUNTS
 from .tables import (costs_frame, intervals_frame, load_results, paper_table,
-                                    results_frame, seg_grid_share, table_blocks, thresholds_frame,
-                                    write_csv, write_table)
+                                    results_frame, seg_grid_share, settings_frame, table_blocks,
+                                    thresholds_frame, write_csv, write_table)
 
 # %% ../../nbs/evidence/07_report.ipynb #8b46f080
 def wanted_rows(
@@ -385,6 +385,12 @@ _how_costly = (
     'What a method costs: its head’s parameters and operations (the backbone is the same for all), '
     'seconds of training, and milliseconds a sentence for the head and for each way of finishing '
     'its masks, as they were during scoring on this machine.')
+_how_chosen = (
+    'What is detection and what is language, of the methods that choose among candidate objects: '
+    'overall IoU on detected objects (the row of Table 1), on annotated ones (truth), of the best '
+    'candidate (oracle: the ceiling), of any candidate and of the most confident one (floors that '
+    'do not read); then how many objects are among the candidates with an IoU above one half, by '
+    'thirds of their size.')
 _how_recorded = (
     'What the record says: numbers of Table 1’s methods that stand in another place, with the '
     'condition under which they were reached.')
@@ -410,6 +416,8 @@ def _race_section(results, dataset):
     if len(own):
         plot = accuracy_over_operations(own, _titles(own)), _captions['operations'], []
         parts.append(dict(plot=('operations', *plot)))
+    settings = settings_frame(results)
+    if len(settings): parts += [dict(text=_how_chosen), dict(grid=frame_grid(settings, 1))]
     parts += [dict(text=_how_recorded), dict(grid=frame_grid(record(), 2, wrap=['condition']))]
     return 'race', 'Is the race fair?', parts
 
@@ -503,7 +511,7 @@ def write_report(
     evidence = _evidence(results, preset)
     behind = dict(results=frame, intervals=intervals_frame(results), runs=runs, **evidence,
                   seg_grid=seg_grid_share(results), thresholds=thresholds_frame(results),
-                  costs=costs_frame(results))
+                  costs=costs_frame(results), settings=settings_frame(results))
     for name, table in behind.items(): write_csv(DIR/f'{name}.csv', table)
     # the page
     missing = missing_runs(preset, wanted, results)
@@ -572,9 +580,19 @@ def _about(results, dataset):
     return (f'{runs} on {datasets}, seeds {seeds}. {stand_in}'
             'The paper: Jing et al., Locate then Segment, CVPR 2021.')
 
+def _detector_notes(results):
+    "A sentence for each file of detections that a run has chosen among."
+    notes = []
+    for r in results:
+        told = r.get('things', {})
+        if 'file' not in told: continue
+        notes.append(f"{r['run']} chose among the detections of {told['file']} "
+                     f"(SHA-256 {told.get('sha256', '?')[:16]}…). {told.get('note', '')}".strip())
+    return notes
+
 def _write_page(DIR, preset, results, frame, frames, runs, missing, failed, evidence):
     "Render `index.html`."
-    notes = _backbone_notes(results) + _part_notes(results)
+    notes = _backbone_notes(results) + _part_notes(results) + _detector_notes(results)
     notes += [f'This run failed: {r} (see runs/{r}/train.ipynb).' for r in failed]
     if missing: notes.append(f'Not run yet: {", ".join(missing)}.')
     about = _about(results, preset_of(preset)['datasets']['refcoco'])

@@ -6,7 +6,8 @@
 __all__ = ['SCHEMA', 'metric_names', 'seg_pairs', 'load_arrays', 'load_results', 'finishes_of', 'results_frame', 'write_csv',
            'Totals', 'image_totals', 'metrics_of', 'bootstrap_interval', 'intervals_frame', 'load_samples',
            'paper_table', 'table_blocks', 'table_markdown', 'tex_escape', 'table_latex', 'write_table',
-           'seg_grid_share', 'thresholds_frame', 'costs_frame', 'rates_grid', 'best_rates', 'compare_reports']
+           'seg_grid_share', 'thresholds_frame', 'costs_frame', 'settings_frame', 'rates_grid', 'best_rates',
+           'compare_reports']
 
 # %% ../../nbs/evidence/03_tables.ipynb #2438792d
 import html, json
@@ -36,7 +37,8 @@ SCHEMA = _object(('run', 'experiment', 'dataset', 'preset', 'seed', 'metrics'),
     hardware={'type': 'object'}, parameters=_number, gflops=_number, peak_memory_mb=_number,
     backbone={'type': ['object', 'null']}, finishes=_each(_each(_each(_number))),
     thresholds=_each(_each(_number)), threshold=_number, milliseconds=_each(_number),
-    parts=_each(_each(_number)), things={'type': 'object'})
+    parts=_each(_each(_number)), things=_object(file=_text, sha256=_text, note=_text),
+    choices=_each(_each(_each(_number))))
 
 def load_arrays(
     path,  # .npz of a run, perhaps a stranger's
@@ -529,6 +531,27 @@ def costs_frame(
     frame = pd.DataFrame(rows)
     if frame.empty: return frame
     return frame.groupby(['experiment', 'dataset'], sort=False).mean().reset_index()
+
+# %% ../../nbs/evidence/03_tables.ipynb #97b53e08
+def settings_frame(
+    results:list,   # from `load_results`
+)->pd.DataFrame:    # experiment, dataset, split, overall IoU of each setting, recall; percent
+    "What is detection and what is language, of the runs that choose; means over seeds."
+    rows = []
+    for r in results:
+        choices = r.get('choices', {})
+        for split in sorted(choices, key=_split_rank):
+            found = choices[split]
+            truth = r.get('finishes', {}).get('truth', {}).get(split, {})
+            own = r['metrics'][split]
+            row = dict(experiment=r['experiment'], dataset=r['dataset'], split=split,
+                       detected=own['oIoU'], truth=truth.get('oIoU'))
+            row |= {k: m['oIoU'] for k, m in found.items() if k != 'recall'}
+            row |= {'detected prec@0.5': own['prec@0.5'], 'truth prec@0.5': truth.get('prec@0.5')}
+            rows.append(row | found['recall'])
+    if not rows: return pd.DataFrame(columns=['experiment', 'dataset', 'split', 'detected'])
+    keys = ['experiment', 'dataset', 'split']
+    return pd.DataFrame(rows).groupby(keys, sort=False).mean().reset_index()
 
 # %% ../../nbs/evidence/03_tables.ipynb #071958f4
 def rates_grid(

@@ -38,7 +38,7 @@ class Run:
         # filled by `prepare`
         self.acc = self.refer = self.vocab = self.fingerprint = None
         self.weights = self.backbone = self.source = self.model = None
-        self.things = None  # which candidates a run that chooses has seen
+        self.things = self.detected = None  # candidates that a run has chosen among
 
     @property
     def checkpoint(self): return self.folder/'checkpoint.pt'
@@ -129,6 +129,15 @@ class Scored(NamedTuple):
     thresholds: dict  # {split: {threshold: overall IoU}}, of its own
     threshold: float  # that its masks were cut at
     milliseconds: dict # {forward, and each finish: a sentence's time on the last split}
+    choices: dict      # {split: {who chooses without reading: metrics}}, where there are candidates
+
+def _without_reading(run, samples, scores, out):
+    "What the candidates of a run allow, of each sentence; their metrics go into `out`."
+    room = importlib.import_module('lts_nb.training.candidates')
+    file = run.shared('choices', samples.split, run.things['head'])
+    found = kept_arrays(file, partial(room.choice_scores, samples, run.detected))
+    out.choices[samples.split] = room.choice_metrics(found, scores['area'])
+    return found
 
 # %% ../../nbs/training/09_run.ipynb #1b9487fe
 def score_run(
@@ -137,7 +146,7 @@ def score_run(
     """Score a trained run on its splits and keep every sentence's numbers and the examples beside
     the checkpoint."""
     finishes = run.config.finishes or run.method.finishes[:1]
-    out = Scored({}, {}, {}, {f: {} for f in finishes[1:]}, {}, _chosen_threshold(run), {})
+    out = Scored({}, {}, {}, {f: {} for f in finishes[1:]}, {}, _chosen_threshold(run), {}, {})
     for split in run.config.splits:
         samples = run.samples(split)
         keepers = {'examples': ExampleKeeper(samples),
@@ -147,6 +156,7 @@ def score_run(
         out.milliseconds.update(_take_times(scores))
         # one number a sentence is kept; the curves are summed up in the result
         kept = {k: v for k, v in scores.items() if v.ndim == 1}
+        if run.detected: kept |= _without_reading(run, samples, scores, out)
         save_arrays(run.folder/f'samples-{split}.npz', kept)
         for name, keeper in keepers.items():
             others = getattr(keeper, 'others', None)
@@ -221,7 +231,7 @@ def write_result(
         controls={s: {'swapped': m} for s, m in scored.swapped.items()}, finishes=scored.finishes,
         thresholds=scored.thresholds, threshold=scored.threshold,
         milliseconds=scored.milliseconds, history=history,
-        fingerprint=run.fingerprint, **({'things': run.things} if run.things else {}),
+        fingerprint=run.fingerprint, **({'things': run.things, 'choices': scored.choices} if run.things else {}),
         backbone=dict(file=run.weights.name, md5=_md5(run.weights), weights=c.backbone.weights),
         code=dict(version=_version('lts-kit'), commit=_commit(), modules=modules), **environment(),
         seconds=seconds, peak_memory_mb=peak_memory_mb(), peak_gpu_mb=gpu_mb,
