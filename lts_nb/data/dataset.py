@@ -44,8 +44,7 @@ class Samples:
         self.words = [tokenize(s.sent)[:max_len] for _, s in self.rows]
         if shuffle is not None: self.words = _others_sentences(self.rows, self.words, shuffle)
         self.ids = [encode(words, vocab, max_len) for words in self.words]
-        # the seed and the epoch that a target which draws may draw by
-        self.drawn = 0, 0
+        self.drawn = 0, 0  # the seed and the epoch that a target may draw by
         self._by_ref, self._by_image, self._grids, self._boxes = {}, {}, {}, {}
         for row, (ref, _) in enumerate(self.rows):
             self._by_ref.setdefault(ref.ref_id, []).append(row)

@@ -39,13 +39,14 @@ class Scaled(nn.Module):
     def forward(self, x):  # (...,d) -> (...,d); 0 stays 0
         return self.s*F.normalize(x, dim=-1)
 
-# %% ../../nbs/rivals/18_mattnet.ipynb #8b61aa74
+# %% ../../nbs/rivals/18_mattnet.ipynb #ebeb2719
 class Phrases(NamedTuple):
     "A sentence as three phrases: for the subject, the location and the relationship."
     q: torch.Tensor        # (...,3,d): weighted sums of the words
     weights: torch.Tensor  # (...,3): how much each phrase counts, sums to 1
     words: torch.Tensor    # (...,3,T): weight of each word in each phrase, sums to 1 over T
 
+# %% ../../nbs/rivals/18_mattnet.ipynb #0cbbc9cc
 class PhraseEncoder(nn.Module):
     "Three soft phrases: the states of a bidirectional LSTM say which words belong to which."
     def __init__(self,
@@ -127,7 +128,7 @@ def mean_of_windows(
     shares = (down[..., :, None]*along[..., None, :]).flatten(2)
     return shares @ maps.flatten(2).transpose(1, 2)
 
-# %% ../../nbs/rivals/18_mattnet.ipynb #441fb493
+# %% ../../nbs/rivals/18_mattnet.ipynb #bcd09260
 def over_rows(
     norm,  # a batch normalisation
     x,     # (...,d)
@@ -141,6 +142,7 @@ class Cells(NamedTuple):
     fused: torch.Tensor  # (...,G,d): N(A)
     seen: torch.Tensor   # (...,G,d): W V, the picture's part of the attention
 
+# %% ../../nbs/rivals/18_mattnet.ipynb #a834c4eb
 class Subject(nn.Module):
     "Attributes of a thing, and an attention over the cells of its box."
     def __init__(self,
@@ -160,24 +162,6 @@ class Subject(nn.Module):
         # W [V; q] = W_V V + W_q q: the picture's part does not wait for the sentence
         self.see, self.read = nn.Linear(c_deep + d, d), nn.Linear(d_word, d, bias=False)
         self.score = nn.Linear(d, 1)
-    def cells(self,
-        fine,  # (...,G,c_fine): G cells of a box
-        deep,  # (...,G,c_deep)
-    )->tuple:  # `Cells`, attribute logits (...,words)
-        "What the picture alone says."
-        fine, deep = F.normalize(fine, dim=-1), F.normalize(deep, dim=-1)
-        # W N(x) = (W s) x/‖x‖: multiplied into the matrix, s asks for no gradient of each cell
-        s = torch.cat([self.fine.s, self.deep.s])
-        # A: both crops of a cell, fused
-        both = torch.cat([fine, deep], -1)
-        A = over_rows(self.norm, F.linear(both, self.fuse.weight*s, self.fuse.bias)).relu()
-        # attributes are read from the mean cell
-        logits = self.attributes(self.drop(A.mean(-2)))
-        A = self.fused(A)
-        # W V for V = [N(deep); N(A)]
-        on_deep, on_A = self.see.weight.split([deep.shape[-1], A.shape[-1]], 1)
-        seen = F.linear(deep, on_deep*self.deep.s) + F.linear(A, on_A, self.see.bias)
-        return Cells(deep, A, seen), logits
     def forward(self,
         cells,  # from `cells`
         q,      # (...,d_word): the subject phrase
@@ -187,6 +171,27 @@ class Subject(nn.Module):
         alpha = self.score(asked).squeeze(-1).softmax(-1)
         deep, A = ((alpha[..., None, :] @ x).squeeze(-2) for x in (cells.deep, cells.fused))
         return torch.cat([self.deep.s*deep, A], -1), alpha
+
+# %% ../../nbs/rivals/18_mattnet.ipynb #e8e53318
+@patch
+def cells(self:Subject,
+    fine,  # (...,G,c_fine): G cells of a box
+    deep,  # (...,G,c_deep)
+)->tuple:  # `Cells`, attribute logits (...,words)
+    "What the picture alone says."
+    fine, deep = F.normalize(fine, dim=-1), F.normalize(deep, dim=-1)
+    # W N(x) = (W s) x/‖x‖: multiplied into the matrix, s asks for no gradient of each cell
+    s = torch.cat([self.fine.s, self.deep.s])
+    # A: both crops of a cell, fused
+    both = torch.cat([fine, deep], -1)
+    A = over_rows(self.norm, F.linear(both, self.fuse.weight*s, self.fuse.bias)).relu()
+    # attributes are read from the mean cell
+    logits = self.attributes(self.drop(A.mean(-2)))
+    A = self.fused(A)
+    # W V for V = [N(deep); N(A)]
+    on_deep, on_A = self.see.weight.split([deep.shape[-1], A.shape[-1]], 1)
+    seen = F.linear(deep, on_deep*self.deep.s) + F.linear(A, on_A, self.see.bias)
+    return Cells(deep, A, seen), logits
 
 # %% ../../nbs/rivals/18_mattnet.ipynb #ba229c72
 NEAR = 5  # neighbours that a thing is compared with
@@ -289,7 +294,7 @@ class Relation(nn.Module):
     def forward(self, look, place):  # (...,5,c_deep), (...,5,5) -> (...,5,d)
         return self.out(torch.cat([self.look(look), self.place(place)], -1))
 
-# %% ../../nbs/rivals/18_mattnet.ipynb #953b56ad
+# %% ../../nbs/rivals/18_mattnet.ipynb #6797ffd3
 class Tower(nn.Module):
     "Linear, normalisation, ReLU, dropout, linear, normalisation; then length 1."
     def __init__(self,
@@ -307,7 +312,12 @@ class Tower(nn.Module):
 
 class Matching(nn.Module):
     "F(v, q): the cosine of what is seen and what is said, each behind a tower."
-    def __init__(self, d_seen, d_said, d, dropout=.1):
+    def __init__(self,
+        d_seen:int,       # of what is seen
+        d_said:int,       # of a phrase
+        d:int,            # width
+        dropout:float=.1, # in both towers
+    ):
         super().__init__()
         self.seen, self.said = Tower(d_seen, d, dropout), Tower(d_said, d, dropout)
     def forward(self, v, q):  # (...,d_seen), (...,d_said) -> (...)
@@ -398,14 +408,15 @@ _LINKS = ('the a an of in on at to with and or from by for that this is are was 
           'his her their him not no than')
 NO_ATTRIBUTES = frozenset((_NAMES + ' ' + _PLACES + ' ' + _LINKS).split())
 
-# %% ../../nbs/rivals/18_mattnet.ipynb #ace4b33f
+# %% ../../nbs/rivals/18_mattnet.ipynb #79250f79
 def attribute_words(
     samples,   # `Samples` of the training split
 )->dict:       # word -> how many objects it is said of, the most frequent first, ATTRIBUTES at most
     "The frequent words that name neither a thing nor a place and are no link."
     names = {w for c in samples.refer.categories.values() for w in tokenize(c)}
     said = {}
-    for (ref, _), words in zip(samples.rows, samples.words): said.setdefault(ref.ann_id, set()).update(words)
+    for (ref, _), words in zip(samples.rows, samples.words):
+        said.setdefault(ref.ann_id, set()).update(words)
     counts = Counter(w for words in said.values() for w in words)
     kept = [w for w in counts if w not in names | NO_ATTRIBUTES]
     return {w: counts[w] for w in sorted(kept, key=lambda w: (-counts[w], w))[:ATTRIBUTES]}
@@ -433,9 +444,9 @@ def known_of(
         samples._known = Known(labels, class_weights(n), rows)
     return samples._known
 
-# %% ../../nbs/rivals/18_mattnet.ipynb #2249a10e
+# %% ../../nbs/rivals/18_mattnet.ipynb #b0cc68a6
 def _other_object(samples, rows):
-    "For each row a wrong object: (B,2), the row of the batch whose picture has it, its place there."
+    "For each row a wrong object: (B,2), the row of the batch whose picture has it, its place."
     refs, out = [samples.rows[r][0] for r in rows], []
     for i, (row, ref) in enumerate(zip(rows, refs)):
         ids, rng = samples.objects_of(ref.image_id), _generator(samples, row, 3)
@@ -537,7 +548,7 @@ def surroundings(self:MAttNet,
     look = mean_of_windows(maps[0], things.boxes, size)
     return places, at_neighbours(look, places.which, places.real)
 
-# %% ../../nbs/rivals/18_mattnet.ipynb #4b2db84b
+# %% ../../nbs/rivals/18_mattnet.ipynb #e8431be3
 @patch
 def look(self:MAttNet, maps, things):
     "In evaluation: all that needs no sentence, the towers of two modules included."
@@ -563,9 +574,10 @@ def scores(self:MAttNet, regions, things, tokens, lengths, inputs={}):
     r = best_neighbour((r*said[2][:, None, None]).sum(-1), real, self.cfg.floor)
     # the sentence's own weights
     score = (torch.stack([s, l, r], -1)*weights[:, None]).sum(-1)
-    return score.float().masked_fill(things.kinds < 0, float('-inf'))
+    score = score.to(torch.promote_types(score.dtype, torch.float32))
+    return score.masked_fill(things.kinds < 0, float('-inf'))
 
-# %% ../../nbs/rivals/18_mattnet.ipynb #b14d85a2
+# %% ../../nbs/rivals/18_mattnet.ipynb #6194fa4b
 @patch
 def ranked(self:MAttNet,
     maps,     # F_v1, F_v2, F_v3, a row a sentence
@@ -600,6 +612,7 @@ def ranked(self:MAttNet,
     q, weights = q.index_select(1, sentences), weights.index_select(1, sentences)
     return Ranked(self.pairs(cells, around, q, weights), logits[:, 0])
 
+# %% ../../nbs/rivals/18_mattnet.ipynb #f70d2cad
 @patch
 def pairs(self:MAttNet,
     cells,    # `Cells` of each pair's object
@@ -624,8 +637,10 @@ def forward(self:MAttNet, maps, things, tokens, lengths, inputs={}):
     if 'target' in inputs: return self.ranked(maps, things, tokens, inputs)
     return ChooserNet.forward(self, maps, things, tokens, lengths, inputs)
 
-# %% ../../nbs/rivals/18_mattnet.ipynb #a5d39b1a
-def falls(share):
+# %% ../../nbs/rivals/18_mattnet.ipynb #167ebe3f
+def falls(
+    share:float, # of the training that is done, 0 … 1
+)->float:        # factor of the rate
     "Steady for 8,000 of 30,000 steps, then a tenth every 8,000, continuously."
     return .1**max(0., share*30/8 - 1)
 
@@ -636,7 +651,7 @@ class MAttNetMethod(Chooser):
     betas, clip, schedule = (.8, .999), .1, staticmethod(falls)
     notes = ('It chooses among things that a detector of the kit has found on the frozen features; '
              'the paper has Mask R-CNN.',
-             'It learns from the masks and boxes of all annotated objects of the training pictures.')
+             'It learns from the boxes of all annotated objects of the training pictures.')
     widths = {'smoke': dict(emb_dim=16, d_word=16, hidden=8, d=16, both=True),
               'cpu': dict(emb_dim=100, d_word=96, hidden=64, d=96, both=True)}
     def network(self, cfg, channels, vocab, vectors=None):

@@ -282,9 +282,8 @@ def fit(
         for epoch in range(progress['epoch'], epochs):
             rate = partial(how.rate, lr, decay, epoch, epochs)
             rest = batches(epoch, progress['step'])
-            title = f'{desc} {epoch + 1}/{epochs}'
-            _run_epoch(acc, called, optimizer, loss_of, rest, progress, save, title, group,
-                       rate, how.clip)
+            _run_epoch(acc, called, optimizer, loss_of, rest, progress, save,
+                       f'{desc} {epoch + 1}/{epochs}', group, rate, how.clip)
             _close_epoch(progress, rate(), group.circumstances)
             if after_epoch and group.first: after_epoch(epoch, progress['history'])
     return progress['history']
