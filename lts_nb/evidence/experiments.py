@@ -78,12 +78,7 @@ ROWS = [
     Row('1', 'RRN', 'rrn@crf', _TWO),
     Row('1', 'RRN, no CRF', 'rrn', _TWO),
     Row('1', 'MAttNet', 'mattnet', _ALL),
-<<<<<<< HEAD
-    Row('1', 'MAttNet, annotated boxes', 'mattnet@truth', _ALL),
     Row('1', 'NMTree', 'nmtree', _ALL),
-    Row('1', 'NMTree, annotated boxes', 'nmtree@truth', _ALL),
-=======
->>>>>>> h12-matt
     Row('1', 'CMSA', 'cmsa@crf', _TWO),
     Row('1', 'CMSA, no CRF', 'cmsa', _TWO),
     Row('1', 'BCAM', 'bcam@crf', _TWO),
