@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'EXTRA', 'RIVALS', 'RATES', 'SIZES_416', 'SPLITS_OF', 'ROWS', 'TABLES', 'ABLATION', 'SHAPES', 'PAPER',
-           'MAX_LEN', 'CPU', 'GPU', 'SMALL_SIZES', 'SHALLOW', 'DARKNET53', 'PRESETS', 'FROZEN', 'PACKAGE', 'Row',
-           'base_of', 'method_for', 'stride_of', 'blind_of', 'Cells', 'as_cells', 'rows', 'variant_name', 'preset_of',
+           'MAX_LEN', 'CPU', 'GPU', 'SMALL_SIZES', 'SMALL_HEAD', 'SHALLOW', 'DARKNET53', 'PRESETS', 'FROZEN', 'PACKAGE',
+           'Row', 'base_of', 'method_for', 'stride_of', 'blind_of', 'Cells', 'as_cells', 'rows', 'preset_of',
            'run_name', 'run_config', 'runs_for', 'imported_modules', 'module_closure', 'module_hashes', 'run_modules',
            'method_hashes', 'run_hashes']
 
 # %% ../../nbs/evidence/02_experiments.ipynb #a8c68482
-import ast, hashlib, re
+import ast, hashlib
 from dataclasses import asdict
 from importlib.util import resolve_name
 from pathlib import Path
@@ -50,7 +50,7 @@ EXPERIMENTS = {
 EXTRA = 'emb50', 'glove50'  # in no table: run by name
 
 # the earlier methods of Table 1, each at its own settings
-RIVALS = 'rmi', 'dmn', 'rrn', 'cmsa', 'bcam', 'cmpc', 'mcn', 'lscm', 'cgan'
+RIVALS = 'rmi', 'dmn', 'rrn', 'mattnet', 'nmtree', 'cmsa', 'bcam', 'cmpc', 'mcn', 'lscm', 'cgan'
 EXPERIMENTS |= {name: {'method': name} for name in (*RIVALS, 'cmpc-seg')}
 
 # the search for each method's learning rate, on data that is never graded (preset dev)
@@ -77,6 +77,8 @@ ROWS = [
     Row('1', 'DMN', 'dmn', _TWO),
     Row('1', 'RRN', 'rrn@crf', _TWO),
     Row('1', 'RRN, no CRF', 'rrn', _TWO),
+    Row('1', 'MAttNet', 'mattnet', _ALL),
+    Row('1', 'NMTree', 'nmtree', _ALL),
     Row('1', 'CMSA', 'cmsa@crf', _TWO),
     Row('1', 'CMSA, no CRF', 'cmsa', _TWO),
     Row('1', 'BCAM', 'bcam@crf', _TWO),
@@ -192,6 +194,7 @@ GPU = dict(device='auto', precision='bf16', threads=4, workers=6, pretrain_worke
            keep_cache=False)
 # multiples of 32: no row of Table 6 differs by a rounded grid
 SMALL_SIZES = (32, 64, 96, 128, 160, 192)
+SMALL_HEAD = dict(width=48, levels=2, depth=2, shared=True, controller=1, mask_depth=2)
 SHALLOW, DARKNET53 = (1, 1, 2, 2, 1), (1, 2, 8, 8, 4)  # residual blocks a stage
 
 # %% ../../nbs/evidence/02_experiments.ipynb #d754a0e0
@@ -202,14 +205,16 @@ PRESETS = {
         backbone=dict(width=.125, depths=(1, 1, 1, 1, 1), neck=False, tail=0, weights='pretrained'),
         pretrain=dict(images=64, batch=16, lr=4e-3, epochs=2, decay=1, seed=0, threads=1,
                       sizes=(64, 128)),
-        train=dict(epochs=3, decay=2, epoch_refs=36)),
+        train=dict(epochs=3, decay=2, epoch_refs=36),
+        head=dict(head=SMALL_HEAD, images=64, epochs=2, decay=1, check=16)),
     'cpu': dict(
         datasets=SHAPES, recipe=asdict(Recipe(seed=2021)),
         sizes=SMALL_SIZES, large=160, vectors=None, compute=CPU,
         backbone=dict(width=.25, depths=SHALLOW, neck=False, tail=0, weights='shipped'),
         pretrain=dict(images=21600, batch=12, lr=5e-3, epochs=9, decay=7, seed=0, threads=2,
                       sizes=(96, 128, 128, 128, 160, 192)),
-        train=dict(lr=3e-3, epoch_refs=300)),
+        train=dict(lr=3e-3, epoch_refs=300),
+        head=dict(head=SMALL_HEAD, images=12000, lr=3e-3, epochs=6, decay=4, threads=2)),
 }
 # the cpu preset on the development seed: learning rates are searched there, and nothing is graded
 PRESETS['dev'] = PRESETS['cpu'] | dict(datasets={'refcoco': 'refshapes'}, like='cpu',
@@ -225,43 +230,24 @@ PRESETS |= {
         backbone=dict(width=1., depths=DARKNET53, neck=True, tail=0, weights='pretrained'),
         pretrain=dict(images=120000, batch=32, lr=1e-3, epochs=10, decay=8, seed=0, threads=8,
                       sizes=SIZES_416),
-        train=dict(epochs=9, decay=6)),
+        train=dict(epochs=9, decay=6),
+        head=dict(images=48000, epochs=6, decay=4, threads=8)),
     'paper': dict(
         datasets=PAPER, recipe=None,
         sizes=SIZES_416, large=480, vectors='glove/glove.840B.300d.txt', compute=GPU,
         backbone=dict(width=1., depths=DARKNET53, neck=True, tail=2,
                       weights='darknet/yolov3.weights'),
-        pretrain=None, train={}),
+        pretrain=None, train={},
+        head=dict(images=288000, epochs=12, decay=9, threads=8)),
 }
 
 # %% ../../nbs/evidence/02_experiments.ipynb #dc8641a6
-def variant_name(
-    preset:str,   # a key of PRESETS that makes its data
-    backbone:int, # seed of its pretraining
-    data:int,     # seed of the data
-)->str:           # 'cpu-b1-d2022', which `preset_of` knows
-    "The name of a preset on another backbone and on other data."
-    return f'{preset}-b{backbone}-d{data}'
-
-def _variant(name):
-    "A preset's variant by its name; None where the name is no such."
-    found = re.fullmatch(r'(\w+)-b(\d+)-d(\d+)', name)
-    base = PRESETS.get(found[1]) if found else None
-    if not base or not base['recipe']: return None
-    weights = {'weights': f'backbones/{found[2]}.safetensors'}  # below the data
-    return base | dict(like=base.get('like', found[1]), controls=False,
-                       datasets={'refcoco': base['datasets']['refcoco']},
-                       recipe=base['recipe'] | {'seed': int(found[3])}, pictures=base['recipe'],
-                       backbone=base['backbone'] | weights,
-                       pretrain=base['pretrain'] | {'seed': int(found[2])})
-
 def preset_of(
-    name:str, # smoke, cpu, gpu or paper, or a variant's name
+    name:str, # smoke, cpu, gpu or paper
 )->dict:      # its numbers
     "A preset by name; KitError with the nearest names where there is none."
-    if name in PRESETS: return PRESETS[name]
-    if variant := _variant(name): return variant
-    raise unknown_name('preset', name, PRESETS)
+    if name not in PRESETS: raise unknown_name('preset', name, PRESETS)
+    return PRESETS[name]
 
 # %% ../../nbs/evidence/02_experiments.ipynb #378170df
 FROZEN = {'cpu': {'refshapes': '1b40b777cfb25edc', 'refshapes+': 'e96b7c3c75e7b858',
@@ -285,8 +271,7 @@ def _backbone(p, pretrain):
                        'weights',
                        'preset paper', 'Leave --pretrain out')
     made_here = {'weights': 'pretrained'} if pretrain else {}
-    pictures = p.get('pictures', p['recipe'])
-    return b | made_here | dict(pretrain=p['pretrain'], recipe=pictures)
+    return b | made_here | dict(pretrain=p['pretrain'], recipe=p['recipe'])
 
 def run_config(
     experiment:str,     # a key of EXPERIMENTS
@@ -317,7 +302,7 @@ def run_config(
         data=data | e.get('data', {}),
         model=told | method.widths.get(like, {}) | e.get('model', {}),
         backbone=_backbone(p, pretrain), train=p['train'] | rate | e.get('train', {}),
-        compute=p['compute'])
+        compute=p['compute'], head=p['head'] if method.things else None)
 
 # %% ../../nbs/evidence/02_experiments.ipynb #a36aeca6
 def _splits(experiment, role):
@@ -334,6 +319,8 @@ def _splits(experiment, role):
 
 def _finishes(experiment, method):
     "The ways of making masks that any table shows of an experiment, the method's own first."
+    # what is detection and what is language is shown of every method that chooses
+    if method.things: return list(method.finishes)
     named = {r.experiment.partition('@')[2] for r in ROWS if base_of(r.experiment) == experiment}
     return [f for f in method.finishes if f == method.finishes[0] or f in named]
 
@@ -403,6 +390,7 @@ def run_modules(
     room = type(method_of(method)).__module__
     # a method from elsewhere (a tutorial's, a test's) has no room in the kit
     rooms = [room.removeprefix('lts_nb.')] if room.startswith('lts_nb.') else []
+    if method_of(method).things: rooms.append('training.candidates')
     return module_closure('training.run', 'training.train', *rooms)
 
 def method_hashes(
