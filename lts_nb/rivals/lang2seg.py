@@ -261,6 +261,7 @@ class Lang2segOutput(NamedTuple):
     "What the network answers; `mask` in any mode, the rest for the losses and for looking."
     mask: torch.Tensor      # (B,1,H/4,W/4) logits
     response: torch.Tensor  # R (B,1,H/16,W/16)
+    opened: torch.Tensor    # the same; how far the gate is open: |R|, or R where σ(R) is the gate
     found: tuple = None     # `HeadOutput` of the instance head
     said: torch.Tensor = None # (B,T+1,vocab_size) logits of the captioner; training only
 
@@ -324,7 +325,8 @@ def answer(self:Lang2seg,
     # and the captioner says what it sees there
     said = None if truth is None or self.captioner is None else \
         self.say(cells, filtered, truth, tokens)
-    return Lang2segOutput(mask, R, found, said)
+    opened = R.abs() if gate is R else R
+    return Lang2segOutput(mask, R, opened, found, said)
 
 @patch
 def forward(self:Lang2seg, features, tokens, lengths, truth=None):
@@ -356,14 +358,14 @@ class Lang2segMethod(Method):
              'Its detector is the instance head of this kit, not Mask R-CNN.',
              'Detector and captioner are trained in one go with the filters, from scratch; '
              'the official code starts from a detector and a captioner that were trained before.',
-             'Its pointing is the maximum of the map that the filters make, at stride 16.')
+             'Its pointing is where the gate that the filters make is widest open, at stride 16.')
     widths = {'smoke': dict(emb_dim=16, lstm_dim=16, d=16, cap_units=16, cap_side=4, cap_warmup=2,
                             instance=dict(width=16, levels=2, depth=1, shared=True, controller=1,
                                           mask_depth=1),
                             aspp_width=8, aspp_rates=(2, 4, 6)),
               'cpu': dict(emb_dim=100, lstm_dim=128, d=96, cap_units=64, cap_side=7,
                           cap_warmup=150,
-                          instance=dict(width=32, levels=2, depth=1, shared=True, controller=1,
+                          instance=dict(width=32, levels=2, depth=2, shared=True, controller=1,
                                         mask_depth=1),
                           aspp_width=32, aspp_rates=(2, 4, 6)),
               'gpu': dict(cap_warmup=1200)}
@@ -390,8 +392,8 @@ class Lang2segMethod(Method):
         return total, {name: value.detach() for name, value in parts.items()}
     def probability(self, out): return out.mask.float().sigmoid()
     def prior(self, out):
-        h, w = out.response.shape[-2:]
-        return to_grid(out.response.float(), (2*h, 2*w))
+        h, w = out.opened.shape[-2:]
+        return to_grid(out.opened.float(), (2*h, 2*w))
     def stride(self, cfg): return 4
 
 register(Lang2segMethod());
