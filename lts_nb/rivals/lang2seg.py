@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REGIONS', 'regions', 'regional_response', 'SentenceEnds', 'RegionFilters', 'modulate', 'referred', 'surest',
-           'Captioner', 'caption_loss', 'caption_cells', 'inside', 'Lang2segConfig', 'Lang2segOutput', 'Lang2seg',
-           'Lang2segMethod']
+           'Captioner', 'caption_loss', 'caption_cells', 'inside', 'Lang2segConfig', 'Lang2segOutput', 'head_of',
+           'Lang2seg', 'Lang2segMethod']
 
 # %% ../../nbs/rivals/20_lang2seg.ipynb #20a00005
 from typing import Literal, NamedTuple
@@ -265,6 +265,16 @@ class Lang2segOutput(NamedTuple):
     found: tuple = None     # `HeadOutput` of the instance head
     said: torch.Tensor = None # (B,T+1,vocab_size) logits of the captioner; training only
 
+# %% ../../nbs/rivals/20_lang2seg.ipynb #20a00085
+def head_of(
+    cfg:Lang2segConfig, # its `head` and widths
+    channels,           # of F_v1, F_v2, F_v3
+)->nn.Module:
+    "A detector with one category on the three maps, or LTS's Seg on F' at stride 8."
+    if cfg.head == 'instance': return Head(cfg.instance, channels, 1)
+    return Segment(cfg.d, cfg.aspp_width, cfg.aspp_rates, prior=False)
+
+# %% ../../nbs/rivals/20_lang2seg.ipynb #20a00084
 class Lang2seg(nn.Module):
     "Seven regional filters, a head on what they let through, and a captioner beside it."
     def __init__(self,
@@ -283,11 +293,8 @@ class Lang2seg(nn.Module):
         self.cells = nn.Sequential(nn.Conv2d(sum(channels), d, 1, bias=False),
                                    nn.BatchNorm2d(d), nn.ReLU())
         self.filters = RegionFilters(2*cfg.lstm_dim, d)
-        self.dense = cfg.head == 'dense'
-        if self.dense: self.head = Segment(d, cfg.aspp_width, cfg.aspp_rates, prior=False)
-        else: self.head = Head(cfg.instance, channels, 1)
-        self.captioner = Captioner(vocab_size, 2*d, cfg.cap_units, cfg.dropout) \
-            if cfg.lam_cap else None
+        self.head, self.captioner = head_of(cfg, channels), None
+        if cfg.lam_cap: self.captioner = Captioner(vocab_size, 2*d, cfg.cap_units, cfg.dropout)
         # how often it has trained: kept with the weights, so that an interrupted run goes on
         self.register_buffer('steps', torch.zeros((), dtype=torch.long))
 
@@ -318,7 +325,7 @@ def answer(self:Lang2seg,
     gate = R.sigmoid() if self.cfg.modulation == 'response' else R
     # the head sees what the gate lets through
     filtered, found = cells*gate, None
-    if self.dense: mask = self.head(upsample_to(filtered, maps[2].shape[-2:]))
+    if self.cfg.head == 'dense': mask = self.head(upsample_to(filtered, maps[2].shape[-2:]))
     else:
         found = self.head(modulate(maps, gate))
         mask, _ = surest(found, self.cfg.instance.hidden)
@@ -377,23 +384,27 @@ class Lang2segMethod(Method):
     def look(self, model, features): return model.see(features)
     def answer(self, model, looked, batch):
         return model.answer(looked, batch['tokens'], batch['lengths'])
-    def loss(self, cfg, out, batch):
-        if out.found is None: parts = {'seg': bce(out.mask, batch['mask'])}
-        else:
-            thing = referred(batch['box'], batch['mask'])
-            parts = instance_losses(out.found, thing, hidden=cfg.instance.hidden)
-        if cfg.modulation == 'response':
-            inner = downsample_mask(batch['mask'], out.response.shape[-2:])
-            parts['response'] = bce(out.response, inner, 'mean')
-        total = sum(parts.values())
-        if out.said is not None:
-            parts['caption'] = caption_loss(out.said, batch['tokens'], batch['lengths'])
-            total = total + cfg.lam_cap*parts['caption']
-        return total, {name: value.detach() for name, value in parts.items()}
     def probability(self, out): return out.mask.float().sigmoid()
     def prior(self, out):
         h, w = out.opened.shape[-2:]
         return to_grid(out.opened.float(), (2*h, 2*w))
     def stride(self, cfg): return 4
+
+# %% ../../nbs/rivals/20_lang2seg.ipynb #20a00091
+@patch
+def loss(self:Lang2segMethod, cfg, out, batch):
+    "The head's losses for the one object, and the caption's; with `response` also R's."
+    if out.found is None: parts = {'seg': bce(out.mask, batch['mask'])}
+    else:
+        thing = referred(batch['box'], batch['mask'])
+        parts = instance_losses(out.found, thing, hidden=cfg.instance.hidden)
+    if cfg.modulation == 'response':
+        inner = downsample_mask(batch['mask'], out.response.shape[-2:])
+        parts['response'] = bce(out.response, inner, 'mean')
+    total = sum(parts.values())
+    if out.said is not None:
+        parts['caption'] = caption_loss(out.said, batch['tokens'], batch['lengths'])
+        total = total + cfg.lam_cap*parts['caption']
+    return total, {name: value.detach() for name, value in parts.items()}
 
 register(Lang2segMethod());
