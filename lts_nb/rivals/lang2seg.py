@@ -309,6 +309,7 @@ def see(self:Lang2seg,
     joined = torch.cat([upsample_to(maps[0], size), maps[1], F.avg_pool2d(maps[2], 2)], 1)
     return self.cells(joined), *maps
 
+# %% ../../nbs/rivals/20_lang2seg.ipynb #20a00086
 @patch
 def answer(self:Lang2seg,
     seen,      # from `see`, a row a sentence
