@@ -62,20 +62,18 @@ def pack_things(
                 masks=np.stack(masks) if masks else np.zeros((0, 0), np.uint8))
 
 # %% ../../nbs/rivals/16_proposals.ipynb #b4e4bd30
-def _checked(arrays, cells):
-    "Arrays as `pack_things` makes them; KitError for others."
-    n = len(arrays['boxes'])
-    first, ids = arrays['first'], arrays['image_id']
-    bits = -(-cells**2//8)
-    shapes = dict(first=(len(ids) + 1,), boxes=(n, 4), kinds=(n,), scores=(n,))
-    good = (all(arrays[k].shape == shape for k, shape in shapes.items())
-            and (n == 0 or arrays['masks'].shape == (n, bits)) and first[0] == 0 and first[-1] == n
-            and (np.diff(first) >= 0).all() and len(set(ids.tolist())) == len(ids)
+def _sound(arrays, cells):
+    "Whether arrays are as `pack_things` makes them."
+    n, pictures = len(arrays['boxes']), len(arrays['image_id'])
+    shapes = dict(image_id=('i', (pictures,)), first=('i', (pictures + 1,)), boxes=('f', (n, 4)),
+                  kinds=('i', (n,)), scores=('f', (n,)))
+    if n: shapes['masks'] = ('u', (n, -(-cells**2//8)))
+    for name, (kind, shape) in shapes.items():
+        if arrays[name].dtype.kind != kind or arrays[name].shape != shape: return False
+    first = arrays['first']
+    return (first[0] == 0 and first[-1] == n and (np.diff(first) >= 0).all()
+            and len(np.unique(arrays['image_id'])) == pictures and arrays['masks'].dtype == np.uint8
             and np.isfinite(arrays['boxes']).all() and np.isfinite(arrays['scores']).all())
-    if not good:
-        raise KitError(f'the kept things do not fit a grid of {cells} cells',
-                       mend='Delete the file; the same command makes it again')
-    return arrays
 
 class KeptThings:
     "Things from arrays, by picture."
@@ -83,7 +81,10 @@ class KeptThings:
         arrays:dict,  # from `pack_things`
         size:int,     # side of the input, pixels
     ):
-        self.size, self.arrays = size, _checked(arrays, size//4)
+        if not _sound(arrays, size//4):
+            raise KitError(f'the kept things do not fit a grid of {size//4} cells',
+                           mend='Delete the folder shared/things of the report; it is made again')
+        self.size, self.arrays = size, arrays
         self.index = {i: k for k, i in enumerate(arrays['image_id'].tolist())}
 
     def lines(self, image_id):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'SIZES', 'CandidatesConfig', 'crowd_grids', 'train_head', 'find_things', 'Shared', 'family_of', 'joined',
            'classes_of', 'open_head', 'choose_theta', 'cut', 'make_things', 'ensure_things', 'with_things',
-           'choice_scores', 'choice_metrics']
+           'choice_scores', 'choice_metrics', 'Finder', 'FoundThings']
 
 # %% ../../nbs/training/12_candidates.ipynb #82c16e3f
 import json
@@ -22,8 +22,9 @@ from ..data.refer import Refer
 from ..data.shapes import FAMILY
 from ..data.letterbox import letterbox_grid, undo_letterbox
 from ..errors import KitError, atomic_path, disk_error, write_text
+from ..rivals.detections import read_detections
 from ..rivals.proposals import Head, HeadConfig, KeptThings, annotated_things, candidates
-from ..rivals.proposals import enough, instance_losses, pack_things, theta_for
+from ..rivals.proposals import Things, enough, instance_losses, pack_things, theta_for
 from .config import RunConfig
 from .features import WithThings, feature_key
 from .fit import config_hash, fit
@@ -47,6 +48,10 @@ class CandidatesConfig(Config):
     seed: int = Field(0, ge=0, le=10**6, description='of weights and order')
     threads: int = Field(1, ge=1, le=256, description='processors of one step')
     check: int = Field(500, ge=1, le=10**6, description='training pictures that θ is chosen on')
+    detections: str | None = Field(None, pattern=r'^[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*$',
+        max_length=200, description="a user's own, below the data's folder, instead of the head's")
+    least: float = Field(0., ge=0, le=1, description='score from which one of those counts')
+    clean: bool = Field(False, description='that detector never saw the evaluated pictures')
 
     def __init__(self, **settings):
         head = settings.get('head')
@@ -180,6 +185,7 @@ class Shared:
 
     def stand(self):
         "Whether all three files are there."
+        if self.config.head.detections: return self.known.exists()
         return all(f.exists() for f in (self.weights, self.found, self.known))
 
     @property
@@ -256,12 +262,14 @@ def _make_head(shared, source, channels, acc):
 def open_head(
     cfg:HeadConfig,  # its switches
     channels,        # of F_v1, F_v2, F_v3
-    classes:int,     # categories
+    classes:int,     # categories; None: as many as the file has
     path,            # a .safetensors file
 )->Head:             # in evaluation mode
     "A trained head. KitError where the file is missing, damaged or of another shape."
-    head = Head(cfg, channels, classes)
-    try: head.load_state_dict(load_file(path))
+    try:
+        state = load_file(path)
+        head = Head(cfg, channels, classes or len(state['towers.to_class.bias']))
+        head.load_state_dict(state)
     except FileNotFoundError as e:
         raise KitError('the head that finds things is missing', path,
                        'Make it: lts reproduce') from e
@@ -325,8 +333,10 @@ def make_things(
     except OSError as e: raise disk_error(e, shared.weights.parent) from e
     # the second of two processes waits, and finds it there
     with FileLock(shared.weights.with_suffix('.lock')):
-        if not shared.weights.exists(): _make_head(shared, source, channels, acc)
-    kept_arrays(shared.found, lambda: _find_all(shared, source, channels, acc.device))
+        if not (shared.weights.exists() or c.head.detections):
+            _make_head(shared, source, channels, acc)
+    if not c.head.detections:
+        kept_arrays(shared.found, lambda: _find_all(shared, source, channels, acc.device))
     kept_arrays(shared.known, lambda: _known(shared))
     return True
 
@@ -349,6 +359,15 @@ def ensure_things(
     if modules: write_text(shared.made_by, json.dumps(modules, indent=1, sort_keys=True))
     return shared
 
+def _users(run):
+    "Things from a user's own detections, of the pictures that a run is scored on."
+    c, h = run.config, run.config.head
+    splits = {*c.splits, *(['val'] if run.method.threshold is None else [])}
+    ids = sorted({r.image_id for r in run.refer.refs.values() if r.split in splits})
+    arrays, told = read_detections(run.root/h.detections, run.refer, ids, c.data.size,
+                                   c.data.stretch, h.least, h.clean)
+    return KeptThings(arrays, c.data.size), told | dict(head=told['sha256'][:12])
+
 def with_things(
     run,       # a `training.run.Run` whose data, backbone and features are open
     channels,  # of its maps
@@ -358,11 +377,12 @@ def with_things(
     shared = Shared(c, run.refer, run.backbone, run.fingerprint, run.out)
     # training the head has set threads and generators as it needs them
     if make_things(shared, run.source, channels): run.acc = set_up(c.compute, c.seed)
-    detected, annotated = (KeptThings(kept_arrays(path, None), c.data.size)
-                           for path in (shared.found, shared.known))
-    run.things = dict(head=shared.key, theta=float(detected.arrays['theta']))
-    run.detected = detected
-    return WithThings(run.source, detected, annotated)
+    annotated = KeptThings(kept_arrays(shared.known, None), c.data.size)
+    if c.head.detections: run.detected, run.things = _users(run)
+    else:
+        run.detected = KeptThings(kept_arrays(shared.found, None), c.data.size)
+        run.things = dict(head=shared.key, theta=float(run.detected.arrays['theta']), note='')
+    return WithThings(run.source, run.detected, annotated)
 
 # %% ../../nbs/training/12_candidates.ipynb #512d792e
 CHOICES = 'oracle', 'random', 'confident'
@@ -418,3 +438,49 @@ def choice_metrics(
         if (third == k).any():
             recall[f'candidates {size}'] = float(scores['candidates'][third == k].mean())
     return out | {'recall': recall}
+
+# %% ../../nbs/training/12_candidates.ipynb #bc6bb111
+class Finder:
+    "Finds the things of any picture, for runs that are done."
+    def __init__(self,
+        head:Head,    # trained
+        theta:float,  # from `choose_theta`
+        size:int,     # side of the input
+    ):
+        self.head, self.theta, self.size = head, theta, size
+
+    def __call__(self,
+        maps,        # F_v1, F_v2, F_v3 of P pictures
+    )->Things:       # on the maps' device
+        "The things of some pictures, as `find_things` and `cut` would keep them."
+        found = candidates(self.head(maps), hidden=self.head.cfg.hidden)
+        table = pack_things({p: cut(tuple(t.cpu().numpy() for t in things), self.theta, self.size)
+                             for p, things in enumerate(found)})
+        kept = KeptThings(table, self.size)(range(len(found)))
+        return Things(*(t.to(maps[0].device) for t in kept))
+
+class FoundThings(WithThings):
+    "Live features that end with things which are found at once."
+    def __init__(self,
+        source,         # LiveFeatures
+        finder:Finder,  # from a run
+        annotated,      # image ids -> `Things`
+    ):
+        super().__init__(source, None, annotated)
+        self.finder = finder
+
+    def of_images(self,
+        images,  # (P,3,size,size)
+    )->tuple:    # three maps, detected things
+        "Maps and detected things of letterboxed pictures."
+        maps = self.source.of_images(images)
+        return (*maps, *self.finder(maps))
+
+    def things(self,
+        image_ids,  # P ids
+    )->tuple:       # annotated things
+        "What the pictures alone do not tell."
+        return tuple(self.annotated(image_ids))
+
+    def __call__(self, image_ids):
+        return (*self.of_images(self.images(image_ids)), *self.things(image_ids))
