@@ -383,6 +383,9 @@ def test_the_gate_of_the_head_is_the_response():
             close(out.response, R)
             gate = R.sigmoid() if modulation == 'response' else R
             close(out.found.logits, model.head(modulate(features, gate)).logits)
+            # it points at where the gate is widest open, whatever the sign
+            wide = F.interpolate((R if modulation == 'response' else R.abs()).float(), scale_factor=2, mode='bilinear')
+            close(Lang2segMethod().prior(out), wide, atol=1e-6)
 
 
 def test_scaled_by_the_root_of_the_channels():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REGIONS', 'regions', 'regional_response', 'SentenceEnds', 'RegionFilters', 'modulate', 'referred', 'surest',
-           'Captioner', 'caption_loss', 'caption_cells', 'inside', 'Lang2segConfig', 'Lang2segOutput', 'Lang2seg',
-           'Lang2segMethod']
+           'Captioner', 'caption_loss', 'caption_cells', 'inside', 'Lang2segConfig', 'Lang2segOutput', 'head_of',
+           'Lang2seg', 'Lang2segMethod']
 
 # %% ../../nbs/rivals/20_lang2seg.ipynb #20a00005
 from typing import Literal, NamedTuple
@@ -261,9 +261,20 @@ class Lang2segOutput(NamedTuple):
     "What the network answers; `mask` in any mode, the rest for the losses and for looking."
     mask: torch.Tensor      # (B,1,H/4,W/4) logits
     response: torch.Tensor  # R (B,1,H/16,W/16)
+    opened: torch.Tensor    # the same; how far the gate is open: |R|, or R where σ(R) is the gate
     found: tuple = None     # `HeadOutput` of the instance head
     said: torch.Tensor = None # (B,T+1,vocab_size) logits of the captioner; training only
 
+# %% ../../nbs/rivals/20_lang2seg.ipynb #20a00085
+def head_of(
+    cfg:Lang2segConfig, # its `head` and widths
+    channels,           # of F_v1, F_v2, F_v3
+)->nn.Module:
+    "A detector with one category on the three maps, or LTS's Seg on F' at stride 8."
+    if cfg.head == 'instance': return Head(cfg.instance, channels, 1)
+    return Segment(cfg.d, cfg.aspp_width, cfg.aspp_rates, prior=False)
+
+# %% ../../nbs/rivals/20_lang2seg.ipynb #20a00084
 class Lang2seg(nn.Module):
     "Seven regional filters, a head on what they let through, and a captioner beside it."
     def __init__(self,
@@ -282,11 +293,8 @@ class Lang2seg(nn.Module):
         self.cells = nn.Sequential(nn.Conv2d(sum(channels), d, 1, bias=False),
                                    nn.BatchNorm2d(d), nn.ReLU())
         self.filters = RegionFilters(2*cfg.lstm_dim, d)
-        self.dense = cfg.head == 'dense'
-        if self.dense: self.head = Segment(d, cfg.aspp_width, cfg.aspp_rates, prior=False)
-        else: self.head = Head(cfg.instance, channels, 1)
-        self.captioner = Captioner(vocab_size, 2*d, cfg.cap_units, cfg.dropout) \
-            if cfg.lam_cap else None
+        self.head, self.captioner = head_of(cfg, channels), None
+        if cfg.lam_cap: self.captioner = Captioner(vocab_size, 2*d, cfg.cap_units, cfg.dropout)
         # how often it has trained: kept with the weights, so that an interrupted run goes on
         self.register_buffer('steps', torch.zeros((), dtype=torch.long))
 
@@ -301,6 +309,7 @@ def see(self:Lang2seg,
     joined = torch.cat([upsample_to(maps[0], size), maps[1], F.avg_pool2d(maps[2], 2)], 1)
     return self.cells(joined), *maps
 
+# %% ../../nbs/rivals/20_lang2seg.ipynb #20a00086
 @patch
 def answer(self:Lang2seg,
     seen,      # from `see`, a row a sentence
@@ -317,14 +326,15 @@ def answer(self:Lang2seg,
     gate = R.sigmoid() if self.cfg.modulation == 'response' else R
     # the head sees what the gate lets through
     filtered, found = cells*gate, None
-    if self.dense: mask = self.head(upsample_to(filtered, maps[2].shape[-2:]))
+    if self.cfg.head == 'dense': mask = self.head(upsample_to(filtered, maps[2].shape[-2:]))
     else:
         found = self.head(modulate(maps, gate))
         mask, _ = surest(found, self.cfg.instance.hidden)
     # and the captioner says what it sees there
     said = None if truth is None or self.captioner is None else \
         self.say(cells, filtered, truth, tokens)
-    return Lang2segOutput(mask, R, found, said)
+    opened = R.abs() if gate is R else R
+    return Lang2segOutput(mask, R, opened, found, said)
 
 @patch
 def forward(self:Lang2seg, features, tokens, lengths, truth=None):
@@ -356,14 +366,14 @@ class Lang2segMethod(Method):
              'Its detector is the instance head of this kit, not Mask R-CNN.',
              'Detector and captioner are trained in one go with the filters, from scratch; '
              'the official code starts from a detector and a captioner that were trained before.',
-             'Its pointing is the maximum of the map that the filters make, at stride 16.')
+             'Its pointing is where the gate that the filters make is widest open, at stride 16.')
     widths = {'smoke': dict(emb_dim=16, lstm_dim=16, d=16, cap_units=16, cap_side=4, cap_warmup=2,
                             instance=dict(width=16, levels=2, depth=1, shared=True, controller=1,
                                           mask_depth=1),
                             aspp_width=8, aspp_rates=(2, 4, 6)),
               'cpu': dict(emb_dim=100, lstm_dim=128, d=96, cap_units=64, cap_side=7,
                           cap_warmup=150,
-                          instance=dict(width=32, levels=2, depth=1, shared=True, controller=1,
+                          instance=dict(width=32, levels=2, depth=2, shared=True, controller=1,
                                         mask_depth=1),
                           aspp_width=32, aspp_rates=(2, 4, 6)),
               'gpu': dict(cap_warmup=1200)}
@@ -375,23 +385,27 @@ class Lang2segMethod(Method):
     def look(self, model, features): return model.see(features)
     def answer(self, model, looked, batch):
         return model.answer(looked, batch['tokens'], batch['lengths'])
-    def loss(self, cfg, out, batch):
-        if out.found is None: parts = {'seg': bce(out.mask, batch['mask'])}
-        else:
-            thing = referred(batch['box'], batch['mask'])
-            parts = instance_losses(out.found, thing, hidden=cfg.instance.hidden)
-        if cfg.modulation == 'response':
-            inner = downsample_mask(batch['mask'], out.response.shape[-2:])
-            parts['response'] = bce(out.response, inner, 'mean')
-        total = sum(parts.values())
-        if out.said is not None:
-            parts['caption'] = caption_loss(out.said, batch['tokens'], batch['lengths'])
-            total = total + cfg.lam_cap*parts['caption']
-        return total, {name: value.detach() for name, value in parts.items()}
     def probability(self, out): return out.mask.float().sigmoid()
     def prior(self, out):
-        h, w = out.response.shape[-2:]
-        return to_grid(out.response.float(), (2*h, 2*w))
+        h, w = out.opened.shape[-2:]
+        return to_grid(out.opened.float(), (2*h, 2*w))
     def stride(self, cfg): return 4
+
+# %% ../../nbs/rivals/20_lang2seg.ipynb #20a00091
+@patch
+def loss(self:Lang2segMethod, cfg, out, batch):
+    "The head's losses for the one object, and the caption's; with `response` also R's."
+    if out.found is None: parts = {'seg': bce(out.mask, batch['mask'])}
+    else:
+        thing = referred(batch['box'], batch['mask'])
+        parts = instance_losses(out.found, thing, hidden=cfg.instance.hidden)
+    if cfg.modulation == 'response':
+        inner = downsample_mask(batch['mask'], out.response.shape[-2:])
+        parts['response'] = bce(out.response, inner, 'mean')
+    total = sum(parts.values())
+    if out.said is not None:
+        parts['caption'] = caption_loss(out.said, batch['tokens'], batch['lengths'])
+        total = total + cfg.lam_cap*parts['caption']
+    return total, {name: value.detach() for name, value in parts.items()}
 
 register(Lang2segMethod());
