@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'EXTRA', 'RIVALS', 'RATES', 'SIZES_416', 'SPLITS_OF', 'ROWS', 'TABLES', 'ABLATION', 'SHAPES', 'PAPER',
            'MAX_LEN', 'CPU', 'GPU', 'SMALL_SIZES', 'SMALL_HEAD', 'SHALLOW', 'DARKNET53', 'PRESETS', 'FROZEN', 'PACKAGE',
-           'Row', 'base_of', 'method_for', 'stride_of', 'blind_of', 'Cells', 'as_cells', 'rows', 'preset_of',
-           'run_name', 'run_config', 'runs_for', 'imported_modules', 'module_closure', 'module_hashes', 'run_modules',
-           'method_hashes', 'run_hashes']
+           'Row', 'base_of', 'method_for', 'stride_of', 'blind_of', 'Cells', 'as_cells', 'rows', 'variant_name',
+           'preset_of', 'run_name', 'run_config', 'runs_for', 'imported_modules', 'module_closure', 'module_hashes',
+           'run_modules', 'method_hashes', 'run_hashes']
 
 # %% ../../nbs/evidence/02_experiments.ipynb #a8c68482
-import ast, hashlib
+import ast, hashlib, re
 from dataclasses import asdict
 from importlib.util import resolve_name
 from pathlib import Path
@@ -47,11 +47,17 @@ EXPERIMENTS = {
 }
 
 # %% ../../nbs/evidence/02_experiments.ipynb #83065035
-EXTRA = 'emb50', 'glove50'  # in no table: run by name
+# in no table: run by name
+EXTRA = 'emb50', 'glove50', 'lang2seg-dense', 'lang2seg-response', 'lang2seg-silent'
 
 # the earlier methods of Table 1, each at its own settings
-RIVALS = 'rmi', 'dmn', 'rrn', 'mattnet', 'nmtree', 'cmsa', 'bcam', 'cmpc', 'mcn', 'lscm', 'cgan'
+RIVALS = 'rmi', 'dmn', 'rrn', 'mattnet', 'nmtree', 'cmsa', 'bcam', 'cmpc', 'mcn', 'lscm', 'cgan', 'lang2seg'
 EXPERIMENTS |= {name: {'method': name} for name in (*RIVALS, 'cmpc-seg')}
+EXPERIMENTS |= {
+    'lang2seg-dense':    {'method': 'lang2seg', 'model': {'head': 'dense'}},
+    'lang2seg-response': {'method': 'lang2seg', 'model': {'modulation': 'response'}},
+    'lang2seg-silent':   {'method': 'lang2seg', 'model': {'lam_cap': 0.}},
+}
 
 # the search for each method's learning rate, on data that is never graded (preset dev)
 RATES = 3e-4, 1e-3, 3e-3, 1e-2
@@ -81,6 +87,7 @@ ROWS = [
     Row('1', 'NMTree', 'nmtree', _ALL),
     Row('1', 'CMSA', 'cmsa@crf', _TWO),
     Row('1', 'CMSA, no CRF', 'cmsa', _TWO),
+    Row('1', 'Lang2seg', 'lang2seg', ('refcoco', 'refcocog')),
     Row('1', 'BCAM', 'bcam@crf', _TWO),
     Row('1', 'BCAM, no CRF', 'bcam', _TWO),
     Row('1', 'CMPC', 'cmpc@crf', _TWO),
@@ -191,7 +198,7 @@ CPU = dict(device='cpu', precision='no', threads=1, workers=0, pretrain_workers=
            cache_gb=8)
 GPU = dict(device='auto', precision='bf16', threads=4, workers=6, pretrain_workers=6,
            score_batch=64, cache_gb=64,
-           keep_cache=False)
+           keep_cache=False, pictures='auto', compile='auto')
 # multiples of 32: no row of Table 6 differs by a rounded grid
 SMALL_SIZES = (32, 64, 96, 128, 160, 192)
 SMALL_HEAD = dict(width=48, levels=2, depth=2, shared=True, controller=1, mask_depth=2)
@@ -242,12 +249,33 @@ PRESETS |= {
 }
 
 # %% ../../nbs/evidence/02_experiments.ipynb #dc8641a6
+def variant_name(
+    preset:str,   # a key of PRESETS that makes its data
+    backbone:int, # seed of its pretraining
+    data:int,     # seed of the data
+)->str:           # 'cpu-b1-d2022', which `preset_of` knows
+    "The name of a preset on another backbone and on other data."
+    return f'{preset}-b{backbone}-d{data}'
+
+def _variant(name):
+    "A preset's variant by its name; None where the name is no such."
+    found = re.fullmatch(r'(\w+)-b(\d+)-d(\d+)', name)
+    base = PRESETS.get(found[1]) if found else None
+    if not base or not base['recipe']: return None
+    weights = {'weights': f'backbones/{found[2]}.safetensors'}  # below the data
+    return base | dict(like=base.get('like', found[1]), controls=False,
+                       datasets={'refcoco': base['datasets']['refcoco']},
+                       recipe=base['recipe'] | {'seed': int(found[3])}, pictures=base['recipe'],
+                       backbone=base['backbone'] | weights,
+                       pretrain=base['pretrain'] | {'seed': int(found[2])})
+
 def preset_of(
-    name:str, # smoke, cpu, gpu or paper
+    name:str, # smoke, cpu, gpu or paper, or a variant's name
 )->dict:      # its numbers
     "A preset by name; KitError with the nearest names where there is none."
-    if name not in PRESETS: raise unknown_name('preset', name, PRESETS)
-    return PRESETS[name]
+    if name in PRESETS: return PRESETS[name]
+    if variant := _variant(name): return variant
+    raise unknown_name('preset', name, PRESETS)
 
 # %% ../../nbs/evidence/02_experiments.ipynb #378170df
 FROZEN = {'cpu': {'refshapes': '1b40b777cfb25edc', 'refshapes+': 'e96b7c3c75e7b858',
@@ -271,7 +299,8 @@ def _backbone(p, pretrain):
                        'weights',
                        'preset paper', 'Leave --pretrain out')
     made_here = {'weights': 'pretrained'} if pretrain else {}
-    return b | made_here | dict(pretrain=p['pretrain'], recipe=p['recipe'])
+    pictures = p.get('pictures', p['recipe'])
+    return b | made_here | dict(pretrain=p['pretrain'], recipe=pictures)
 
 def run_config(
     experiment:str,     # a key of EXPERIMENTS

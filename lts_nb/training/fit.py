@@ -150,12 +150,13 @@ def _undivided():
 # %% ../../nbs/training/02_fit.ipynb #c393154a
 class _Saver:
     """Calls `write`, if there is one, now, or when more than `every` seconds have passed since
-    it last did."""
-    def __init__(self, every, write):
-        self.every, self.write = every, write
+    it last did; and `before` it what must come first."""
+    def __init__(self, every, write, before=None):
+        self.every, self.write, self.before = every, write, before
         self.last = time.monotonic()
 
     def __call__(self):
+        if self.before: self.before()
         if self.write: self.write()
         self.last = time.monotonic()
 
@@ -167,12 +168,11 @@ def _beginning():
     "The progress of a run that has not begun."
     return dict(epoch=0, step=0, sums={}, samples=0, seconds=0., history=[])
 
-def _count(progress, values, n, seconds):
+def _count(progress, values, n):
     "Add a finished step over `n` samples to the epoch's sums."
     for k, v in values.items(): progress['sums'][k] = progress['sums'].get(k, 0.) + v*n
     progress['step'] += 1
     progress['samples'] += n
-    progress['seconds'] += seconds
 
 def _close_epoch(progress, lr, circumstances={}):
     "Turn the epoch's sums into a row of the history and start the next."
@@ -210,6 +210,46 @@ def _not_finite(progress, values):
     mend += 'the last checkpoint is kept'
     return KitError(f"the loss became {values['loss']} in {at}", values, mend)
 
+# %% ../../nbs/training/02_fit.ipynb #360de9c2
+def _fetched(steps):
+    "The losses of some steps as plain numbers; all of them leave the device together."
+    device = steps[0]['loss'].device
+    tensors = [torch.as_tensor(v, device=device).detach() for s in steps for v in s.values()]
+    numbers = iter(torch.stack([t.double() for t in tensors]).tolist())
+    return [dict(zip(s, numbers)) for s in steps]
+
+class _Ledger:
+    "The losses of finished steps: looked at in each step, or those of `look` steps together."
+    def __init__(self, progress, group, look):
+        self.progress, self.group, self.look = progress, group, look
+        self.waiting, self.samples, self.last = [], [], None
+
+    @property
+    def steps(self):
+        "Steps of this epoch that were taken, whether anybody has looked at them or not."
+        return self.progress['step'] + len(self.waiting)
+
+    def note(self, loss, parts):
+        "Add a step. It counts as soon as somebody has looked at it."
+        self.waiting.append({'loss': loss.detach(), **parts})
+        self.samples.append(self.group.sentences)
+        if len(self.waiting) >= self.look: self.settle()
+
+    def settle(self):
+        "Look at the steps that wait, and count them. KitError where a loss is not finite."
+        if not self.waiting: return
+        for values, n in zip(_fetched(self.waiting), self.samples):
+            values = self.group.agree(values)
+            if not math.isfinite(values['loss']): raise _not_finite(self.progress, values)
+            _count(self.progress, values, n)
+            self.last = values['loss']
+        self.waiting, self.samples = [], []
+
+    def close(self):
+        "Settle, and hold interrupts back until that is done."
+        with self.group.undivided(): self.settle()
+
+# %% ../../nbs/training/02_fit.ipynb #e06fe081
 def _step(acc, optimizer, rate, clip):
     "Move the weights."
     for g in optimizer.param_groups: g['lr'] = rate
@@ -217,10 +257,11 @@ def _step(acc, optimizer, rate, clip):
         for g in optimizer.param_groups: acc.clip_grad_value_(g['params'], clip)
     optimizer.step()
 
-def _run_epoch(acc, model, optimizer, loss_of, batches, progress, save, desc, group, rate, clip):
-    """One pass over an epoch's remaining batches; `progress` counts every finished step.
+def _run_epoch(acc, model, optimizer, loss_of, batches, save, desc, ledger, rate, clip):
+    """One pass over an epoch's remaining batches; the ledger counts every finished step.
     `rate` tells the learning rate from the share of the epoch that is done."""
     model.train()
+    progress, group = ledger.progress, ledger.group
     done = progress['step']
     total = done + len(batches)
     bar = group.bar(batches, desc=desc, unit='batch', leave=False, initial=done, total=total)
@@ -232,13 +273,14 @@ def _run_epoch(acc, model, optimizer, loss_of, batches, progress, save, desc, gr
             with acc.autocast(): loss, parts = loss_of(batch)
             optimizer.zero_grad(set_to_none=True)
             acc.backward(group.weigh(loss))
-            values = group.agree({'loss': loss.item(), **{k: float(v) for k, v in parts.items()}})
-            if not math.isfinite(values['loss']): raise _not_finite(progress, values)
-            _step(acc, optimizer, rate(progress['step']/total), clip)
-            _count(progress, values, group.sentences, time.monotonic() - began)
-        bar.set_postfix(loss=f"{values['loss']:.3g}", refresh=False)
+            share = ledger.steps/total
+            ledger.note(loss, parts)
+            _step(acc, optimizer, rate(share), clip)
+            progress['seconds'] += time.monotonic() - began
+        if ledger.last is not None: bar.set_postfix(loss=f'{ledger.last:.3g}', refresh=False)
         if group.stopped: raise KeyboardInterrupt
         save.when_due()
+    ledger.close()
 
 # %% ../../nbs/training/02_fit.ipynb #4554f14e
 @contextmanager
@@ -268,6 +310,7 @@ def fit(
     desc:str='training',   # of the progress bar
     group=None,            # the processes that train together; None: this one alone
     how=Adam(),            # the optimiser's ways
+    look:int=1,            # steps after which their losses are looked at, which waits for a device
 )->list:                   # one dict an epoch: epoch, loss, its parts, lr, samples, seconds
     "Train, or go on training where a checkpoint stands. KitError when the loss is not finite."
     acc, group = accelerator or Accelerator(cpu=True), group or Alone()
@@ -276,14 +319,15 @@ def fit(
                                  fused=True)
     progress = _resume(checkpoint, config, model, optimizer, group.foreign) or _beginning()
     called, optimizer = group.prepare(acc, model, optimizer)
+    ledger = _Ledger(progress, group, look)
     def write(): save_checkpoint(checkpoint, model, optimizer, progress, config)
-    save = _Saver(every, write if checkpoint and group.first else None)
+    save = _Saver(every, write if checkpoint and group.first else None, ledger.close)
     with _saved_at_the_end(save, group):
         for epoch in range(progress['epoch'], epochs):
             rate = partial(how.rate, lr, decay, epoch, epochs)
             rest = batches(epoch, progress['step'])
-            _run_epoch(acc, called, optimizer, loss_of, rest, progress, save,
-                       f'{desc} {epoch + 1}/{epochs}', group, rate, how.clip)
+            _run_epoch(acc, called, optimizer, loss_of, rest, save,
+                       f'{desc} {epoch + 1}/{epochs}', ledger, rate, how.clip)
             _close_epoch(progress, rate(), group.circumstances)
             if after_epoch and group.first: after_epoch(epoch, progress['history'])
     return progress['history']
