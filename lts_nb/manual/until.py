@@ -196,7 +196,8 @@ def _end(look, made):
     if made.late:
         return (f'The hours are used up at look {look.number} ({LOOKS[look.number - 1]} seeds). '
                 f'The verdicts so far stand; the same command goes on.')
-    left = (look.claims.verdict == 'inconclusive').sum() if look.claims is not None else 0
+    told = look.claims is not None
+    left = int((look.claims.verdict == 'inconclusive').sum()) if told else 0
     return f'{_of(left, "claim")} stayed open.' if left else ''
 
 def reproduce_until_decided(
