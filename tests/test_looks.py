@@ -327,3 +327,56 @@ def test_options_that_contradict_each_other_are_sentences():
     for words in (['plan', '--until-decided', '--seeds', '3'], ['reproduce', '--hours', '2'], ['plan', '--preset', 'smoke', '--until-decided', '--max-seeds', '2']):
         result = CliRunner().invoke(app, words)
         assert isinstance(result.exception, KitError), (words, result.output)
+
+
+# beyond seeds
+
+def test_variance_split_finds_what_was_put_in():
+    from lts_nb.evidence.beyond import variance_split
+    rng = np.random.default_rng(3)
+    b, d, s = 200, 200, 3
+    y = .5 + 2*rng.standard_normal((b, 1, 1)) + rng.standard_normal((1, d, 1)) + .7*rng.standard_normal((b, d, 1)) + .4*rng.standard_normal((b, d, s))
+    index = pd.MultiIndex.from_product([range(b), range(d), range(s)], names=['backbone', 'data', 'seed'])
+    frame = pd.Series(y.ravel(), index, name='effect').reset_index()
+    split = variance_split(frame)
+    assert split['mean'] == pytest.approx(y.mean())
+    for name, sd in dict(backbone=2, data=1, both=.7, seed=.4).items(): assert split[name] == pytest.approx(sd, rel=.15), name
+    same = variance_split(frame[frame.seed < 2].assign(effect=1.))
+    assert [round(v, 9) for v in same.values()] == [1, 0, 0, 0, 0]
+    with pytest.raises(KitError, match='holes'): variance_split(frame.iloc[1:])
+
+
+def test_beyond_goes_through_the_grid(monkeypatch, tmp_path, capsys):
+    "Two backbones, two data sets, two seeds, with runs that are made up: one effect depends on the backbone, one on nothing."
+    made = []
+    def bring_up(runs, wanted, seeds, out, root, cores, place):
+        made.append((out.name, root.name, sorted(p.name for p in (root/'backbones').iterdir())))
+        for r in runs:
+            b = int(r.preset.partition('-b')[2][0])
+            scored_run(out, r, {'fusion-filter-seg': -.1 - .1*b, 'filter-seg': -.3 - .1*b}, 1e-9)
+        return batch.Brought({}, [], None, False)
+    weights = tmp_path/'w'
+    weights.touch()
+    monkeypatch.setattr(until, 'bring_up', bring_up)
+    monkeypatch.setattr(until, 'backbone_of', lambda *of: weights)
+    frame = until.beyond('smoke', (0, 1), (4, 5), 2, ['L_loc helps', 'Fusion helps, with Seg'], out=tmp_path/'out', root=tmp_path/'data')
+    assert [m[:2] for m in made] == [('b0-d4', 'data-d4'), ('b0-d5', 'data-d5'), ('b1-d4', 'data-d4'), ('b1-d5', 'data-d5')]
+    assert made[-1][2] == ['0.safetensors', '1.safetensors']
+    f = frame.set_index('claim')
+    assert f['mean'].round(0).tolist() == [15, 20] and f.agree.tolist() == ['4 of 4', '4 of 4']
+    assert f.backbone['L_loc helps'] == pytest.approx(10/np.sqrt(2), abs=.5) and f.backbone['Fusion helps, with Seg'] < .5
+    assert pd.read_csv(tmp_path/'out'/'beyond.csv').claim.tolist() == list(f.index) and len(pd.read_csv(tmp_path/'out'/'beyond_runs.csv')) == 16
+
+
+def test_a_variant_differs_from_its_preset_in_backbone_and_data_alone():
+    base, other = run_config('lts', 'refcoco', 'cpu').plain(), run_config('lts', 'refcoco', 'cpu-b1-d2022').plain()
+    assert {k for k in base if base[k] != other[k]} == {'run', 'preset', 'data', 'backbone'}
+    assert {k for k in base['data'] if base['data'][k] != other['data'][k]} == {'recipe'}
+    assert {k for k in base['backbone'] if base['backbone'][k] != other['backbone'][k]} == {'weights', 'pretrain'}
+    for name in ('paper-b1-d2022', 'cpq-b1-d2022', 'cpu-b1'):
+        with pytest.raises(KitError, match='preset'): run_config('lts', 'refcoco', name)
+
+
+def test_what_beyond_cannot_do_is_a_sentence():
+    with pytest.raises(KitError, match='published'): until.beyond('paper')
+    with pytest.raises(KitError, match='Nearest: L_loc helps'): until.beyond_runs('smoke', 0, 1, 1, ['L_loc help'])

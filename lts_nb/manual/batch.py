@@ -494,6 +494,7 @@ class Brought(NamedTuple):
     shared: Optional[Path] # the log of a step for all runs that failed
     late: bool          # the time was up before all runs were done
 
+# %% ../../nbs/manual/03_batch.ipynb #7760920c
 def bring_up(
     runs:list,           # configurations
     wanted,              # Cells, table numbers, or None: what they are for

@@ -196,9 +196,11 @@ def _end(look, made):
     if made.late:
         return (f'The hours are used up at look {look.number} ({LOOKS[look.number - 1]} seeds). '
                 f'The verdicts so far stand; the same command goes on.')
-    left = (look.claims.verdict == 'inconclusive').sum() if look.claims is not None else 0
+    told = look.claims is not None
+    left = int((look.claims.verdict == 'inconclusive').sum()) if told else 0
     return f'{_of(left, "claim")} stayed open.' if left else ''
 
+# %% ../../nbs/manual/08_until.ipynb #2c59822b
 def reproduce_until_decided(
     preset:str='cpu',    # smoke, cpu, gpu or paper
     wanted=None,         # Cells, table numbers, or None: all tables of the paper
@@ -260,6 +262,17 @@ def _lay(weights, place):
     with atomic_path(place) as part: shutil.copyfile(weights, part)
 
 # %% ../../nbs/manual/08_until.ipynb #2ec86c20
+_again = 'Read their notebooks, then run the same command again'
+
+def _further(preset, data):
+    "Seeds of further data; by itself the two after the preset's."
+    recipe = preset_of(preset)['recipe']
+    if recipe is None:
+        raise KitError('this preset uses published data and weights, of which there is one each',
+                       f'--preset {preset}', 'Choose --preset smoke, cpu or gpu')
+    return tuple(data or (recipe['seed'] + 1, recipe['seed'] + 2))
+
+# %% ../../nbs/manual/08_until.ipynb #f9312fb0
 def beyond(
     preset:str='cpu',      # smoke, cpu or gpu
     backbones=(0, 1, 2),   # seeds of their pretraining
@@ -272,25 +285,21 @@ def beyond(
     place:Place=Place(),   # where runs are computed
 )->pd.DataFrame:           # of `beyond_frame`, also in OUT/beyond.csv
     """Does it depend on the backbone or on the benchmark? KitError where runs failed."""
-    recipe = preset_of(preset)['recipe']
-    if recipe is None:
-        raise KitError('this preset uses published data and weights, of which there is one each',
-                       f'--preset {preset}', 'Choose --preset smoke, cpu or gpu')
-    data = tuple(data or (recipe['seed'] + 1, recipe['seed'] + 2))
+    data = _further(preset, data)
     out = Path(out or default_out(preset)/'beyond').resolve()
     root = Path(root or default_root(preset)).resolve()
     cells, failed, lock = [(b, d) for b in backbones for d in data], [], open_folder(out)
     try:
         files = {b: backbone_of(preset, b, out, root) for b in backbones}
         for b, d in cells:
-            runs, beside = beyond_runs(preset, b, d, seeds, names), root.parent/f'{root.name}-d{d}'
+            runs = beyond_runs(preset, b, d, seeds, names)
+            beside = root.parent/f'{root.name}-d{d}'
             _lay(files[b], beside/'backbones'/f'{b}.safetensors')
             folder = out/f'b{b}-d{d}'
             folder.mkdir(exist_ok=True)
             print(f'Backbone {b}, data {d}: {_of(len(runs), "run")}', flush=True)
             failed += bring_up(runs, None, seeds, folder, beside, cores, place).failed
-        if failed: raise KitError(f'{_of(len(failed), "run")} failed', out,
-                                  'Read their notebooks, then run the same command again')
+        if failed: raise KitError(f'{_of(len(failed), "run")} failed', out, _again)
         frame, runs = beyond_frame(out, preset, cells, names)
         write_csv(out/'beyond.csv', frame)
         write_csv(out/'beyond_runs.csv', runs)
