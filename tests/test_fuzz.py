@@ -21,7 +21,8 @@ from safetensors.torch import save
 
 from lts_nb.data import fetch, refer, text
 from lts_nb.evidence import figures, report, tables
-from lts_nb.training import fit, metrics, pretrain
+from lts_nb.rivals import detections, proposals
+from lts_nb.training import candidates, fit, metrics, pretrain
 from lts_nb.manual import predict
 from lts_nb.model.darknet import Darknet53, load_darknet_weights
 from lts_nb.errors import KitError
@@ -229,6 +230,44 @@ def pictures():
         f = io.BytesIO()
         im.save(f, form, **({'exif': exif} if form in ('JPEG', 'PNG', 'WEBP') else {}))
         yield f.getvalue()
+
+
+RLE = {'size': [10, 12], 'counts': [5, 20, 95]}
+FOUND = {'COCO': [dict(image_id=1, category_id=1, score=.9 - k/10, bbox=[0, 5, 3, 5], segmentation=RLE) for k in range(2)],
+         'MAttNet': [dict(det_id=k, h5_id=k, image_id=1, category_id=1, category_name='cat', score=.9, box=[0, 5, 3, 5], rle=RLE) for k in range(2)]}
+
+
+@fuzz
+@given(changes, st.sampled_from(sorted(FOUND)), mutations, st.booleans())
+def test_a_users_detections(home, changes, form, accidents, whole):
+    read_set(home, pickle.dumps(REFS, 2), json.dumps(INSTANCES))
+    content = json.dumps(changed(FOUND[form], changes)).encode()
+    (home/'d.json').write_bytes(content if whole else apply(content, accidents))
+    def read():
+        arrays, told = detections.read_detections(home/'d.json', refer.Refer(home, 'refcoco'), [1], 32)
+        things = proposals.KeptThings(arrays, 32)([1])
+        assert things.boxes.isfinite().all() and things.masks.shape[-1] == 8 and told['things'] >= 1
+    ends_well(read)
+
+
+@fuzz
+@given(mutations)
+def test_the_heads_weights(home, accidents):
+    cfg = proposals.HeadConfig(width=8, depth=0, mask_depth=0, levels=1, shared=True)
+    head = proposals.Head(cfg, (8, 8, 8), 2)
+    (home/'h.safetensors').write_bytes(apply(save({k: v.contiguous() for k, v in head.state_dict().items()}), accidents))
+    ends_well(lambda: candidates.open_head(cfg, (8, 8, 8), None, home/'h.safetensors'))
+
+
+THINGS = proposals.pack_things({1: [(np.arange(4.), 0, .5, np.ones((8, 8), bool))], 2: []})
+
+
+@fuzz
+@given(st.sampled_from(sorted(THINGS)), st.sampled_from(['shorter', 'longer', 'nan', 'negative', 'deeper']))
+def test_kept_things(name, how):
+    a = THINGS[name]
+    wrong = {'shorter': a[:-1], 'longer': np.concatenate([a, a]), 'nan': np.full(a.shape, np.nan), 'negative': np.full(a.shape, -3), 'deeper': a[None]}[how]
+    ends_well(lambda: proposals.KeptThings(THINGS | {name: wrong}, 32)([1, 2, 3]))
 
 
 @fuzz

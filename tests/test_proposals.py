@@ -231,7 +231,7 @@ def test_things_come_back_from_disk_as_they_went():
     assert (got.masks[2, 1].numpy() == pictures[7][1][3]).all() and not got.masks[1].any()
     for name, wrong in dict(first=np.array([0, 1]), masks=np.zeros((3, 5), np.uint8), scores=np.full(3, np.nan, np.float32),
                             boxes=np.zeros((2, 4), np.float32)).items():
-        with pytest.raises(KitError, match='Delete the file'): KeptThings(pack_things(pictures) | {name: wrong}, 32)
+        with pytest.raises(KitError, match='Delete the folder'): KeptThings(pack_things(pictures) | {name: wrong}, 32)
 
 
 def test_theta_falls_until_a_candidate_remains():

@@ -580,9 +580,19 @@ def _about(results, dataset):
     return (f'{runs} on {datasets}, seeds {seeds}. {stand_in}'
             'The paper: Jing et al., Locate then Segment, CVPR 2021.')
 
+def _detector_notes(results):
+    "A sentence for each file of detections that a run has chosen among."
+    notes = []
+    for r in results:
+        told = r.get('things', {})
+        if 'file' not in told: continue
+        notes.append(f"{r['run']} chose among the detections of {told['file']} "
+                     f"(SHA-256 {told.get('sha256', '?')[:16]}…). {told.get('note', '')}".strip())
+    return notes
+
 def _write_page(DIR, preset, results, frame, frames, runs, missing, failed, evidence):
     "Render `index.html`."
-    notes = _backbone_notes(results) + _part_notes(results)
+    notes = _backbone_notes(results) + _part_notes(results) + _detector_notes(results)
     notes += [f'This run failed: {r} (see runs/{r}/train.ipynb).' for r in failed]
     if missing: notes.append(f'Not run yet: {", ".join(missing)}.')
     about = _about(results, preset_of(preset)['datasets']['refcoco'])

@@ -37,7 +37,7 @@ SCHEMA = _object(('run', 'experiment', 'dataset', 'preset', 'seed', 'metrics'),
     hardware={'type': 'object'}, parameters=_number, gflops=_number, peak_memory_mb=_number,
     backbone={'type': ['object', 'null']}, finishes=_each(_each(_each(_number))),
     thresholds=_each(_each(_number)), threshold=_number, milliseconds=_each(_number),
-    parts=_each(_each(_number)), things={'type': 'object'},
+    parts=_each(_each(_number)), things=_object(file=_text, sha256=_text, note=_text),
     choices=_each(_each(_each(_number))))
 
 def load_arrays(
@@ -533,20 +533,29 @@ def costs_frame(
     return frame.groupby(['experiment', 'dataset'], sort=False).mean().reset_index()
 
 # %% ../../nbs/evidence/03_tables.ipynb #97b53e08
+def _place(name):
+    "Recall's numbers first, and of each the smallest objects' first."
+    sizes = 'small', 'medium', 'large'
+    size = next((k for k, s in enumerate(sizes) if name.endswith(s)), -1)
+    return not name.startswith('recall'), name.split()[0], size
+
 def settings_frame(
     results:list,   # from `load_results`
 )->pd.DataFrame:    # experiment, dataset, split, overall IoU of each setting, recall; percent
     "What is detection and what is language, of the runs that choose; means over seeds."
     rows = []
     for r in results:
-        for split, found in r.get('choices', {}).items():
+        choices = r.get('choices', {})
+        for split in sorted(choices, key=_split_rank):
+            found = choices[split]
             truth = r.get('finishes', {}).get('truth', {}).get(split, {})
             own = r['metrics'][split]
             row = dict(experiment=r['experiment'], dataset=r['dataset'], split=split,
                        detected=own['oIoU'], truth=truth.get('oIoU'))
-            row |= {k: m['oIoU'] for k, m in found.items() if k != 'recall'}
+            row |= {k: found.get(k, {}).get('oIoU') for k in ('oracle', 'random', 'confident')}
             row |= {'detected prec@0.5': own['prec@0.5'], 'truth prec@0.5': truth.get('prec@0.5')}
-            rows.append(row | found['recall'])
+            recall = found.get('recall', {})
+            rows.append(row | {k: recall[k] for k in sorted(recall, key=_place)})
     if not rows: return pd.DataFrame(columns=['experiment', 'dataset', 'split', 'detected'])
     keys = ['experiment', 'dataset', 'split']
     return pd.DataFrame(rows).groupby(keys, sort=False).mean().reset_index()

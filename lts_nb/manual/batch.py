@@ -387,17 +387,19 @@ def _watch(process, results, begun, out, todo, jobs):
         bar.n = sum(f.exists() for f in results.values()); bar.refresh()
 
 # %% ../../nbs/manual/03_batch.ipynb #1945102d
-_SHARED = {'data': 'making data', 'pretrain': 'pretraining'}
+_SHARED = {'data': 'making data', 'pretrain': 'pretraining', 'made': 'finding candidates'}
 
 # %% ../../nbs/manual/03_batch.ipynb #352ece8d
 def _stage(out, begun):
     "What is being made at present, from the newest logs."
-    logs = [f for f in [*out.glob('shared/*.log'), *out.glob('runs/*/log.txt')]
-            if f.stat().st_mtime >= begun]
+    places = 'shared/*.log', 'shared/things/*.log', 'runs/*/log.txt'
+    logs = [f for place in places for f in out.glob(place) if f.stat().st_mtime >= begun]
     busy = [f for f in logs if f.name != 'log.txt' or not (f.parent/'result.json').exists()]
     runs = sorted(f.parent.name for f in busy if f.name == 'log.txt')
     if runs: return ', '.join(runs[:3])
-    return _SHARED.get(max(busy, key=lambda f: f.stat().st_mtime).stem, '') if busy else ''
+    if not busy: return ''
+    newest = max(busy, key=lambda f: f.stat().st_mtime).stem
+    return _SHARED.get(newest.partition('-')[0], '')
 
 # %% ../../nbs/manual/03_batch.ipynb #9b09c3e3
 def failure_of(

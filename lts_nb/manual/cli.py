@@ -217,10 +217,17 @@ def evaluate(
     root:Data, by:By=None,
     predictions:Annotated[Optional[Path], typer.Option(
         help='Write the masks here as COCO RLE.')]=None,
+    detections:Annotated[Optional[Path], typer.Option(
+        help="For methods that choose: your own detections, MAttNet's or COCO's format.")]=None,
+    least:Annotated[float, typer.Option(
+        min=0, max=1, help='Score from which one of them counts.')]=0.,
+    clean:Annotated[bool, typer.Option(
+        '--clean', help='I assert that their detector never saw these pictures.')]=False,
 ):
     "Metrics of a trained run on any REFER data set."
     from lts_nb.manual.predict import evaluate_run
-    typer.echo(_metrics(evaluate_run(run, root, dataset, split, by, predictions)))
+    typer.echo(_metrics(evaluate_run(run, root, dataset, split, by, predictions, detections,
+                                     least, clean)))
 
 # %% ../../nbs/manual/08_cli.ipynb #461263e2
 @app.command()
@@ -242,7 +249,7 @@ def score(
 def _metrics(metrics):
     lines = []
     for k, v in metrics.items():
-        shown = '–' if v is None else v if k == 'n' else f'{v:.2f}'
+        shown = '–' if v is None else f'{v:.2f}' if isinstance(v, float) else v
         lines.append(f'{k:9} {shown}')
     return '\n'.join(lines)
 

@@ -261,6 +261,9 @@ def graph_of(
     "A run as an ONNX graph. KitError where the method cannot be drawn."
     onnx_packages()
     method, why = run.method, None
+    if method.things:
+        raise KitError(f'the method {method.name!r} chooses among things that a head finds, and '
+                       'no graph sorts those', run.folder, 'Use lts predict, which needs torch')
     if method.finishes[0] == 'crf': why = 'its masks are made by a dense CRF, which is no network'
     inputs, _ = example(run, check_sentences(run.config.data.max_len)[:2])
     net = Graph(run, list(inputs)[2:]).eval()

@@ -7,7 +7,7 @@ __all__ = ['load_run', 'predict', 'unknown_words', 'reading_notes', 'read_pictur
            'evaluate_run']
 
 # %% ../../nbs/manual/04_predict.ipynb #9e10ae40
-import json, struct, tempfile
+import json, re, struct, tempfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 from ..data.dataset import Samples
 from ..errors import KitError, atomic_path, disk_error
 from ..training.config import RunConfig, method_of
-from ..training.features import LiveFeatures
+from ..rivals.detections import read_detections
+from ..rivals.proposals import KeptThings, annotated_things
+from ..training.features import LiveFeatures, WithThings
 from ..training.fit import read_checkpoint
 from ..data.letterbox import letterbox_geometry, letterbox_image, predict_mask, undo_letterbox
 from ..training.metrics import encode_rle, write_predictions
@@ -79,6 +81,22 @@ def _threshold(result, config):
     raise KitError('the run does not say which threshold was chosen on val', 'result.json',
                    'Run lts reproduce again')
 
+# %% ../../nbs/manual/04_predict.ipynb #8f65aa24
+def _finder(result, config, out, channels, device):
+    "What finds the things of a run that chooses among them; None for other runs."
+    if config.head is None or config.head.detections: return None
+    from lts_nb.training.candidates import Finder, open_head
+    told = result.get('things', {})
+    key, theta = told.get('head'), told.get('theta')
+    good = isinstance(key, str) and re.fullmatch('[0-9a-f]{12}', key)
+    if not good or not isinstance(theta, float) or not 0 <= theta <= 1:
+        raise KitError('the run does not say which head found its things', 'result.json',
+                       'Run lts reproduce again')
+    path = out/'shared'/'things'/f'head-{key}.safetensors'
+    # as many categories as the file's weights have
+    return Finder(open_head(config.head.head, channels, None, path).to(device), theta,
+                  config.data.size)
+
 # %% ../../nbs/manual/04_predict.ipynb #dedec877
 def load_run(
     folder=None, # DIR/runs/<run>; None: the run that the kit ships
@@ -104,7 +122,7 @@ def load_run(
                                model=model.to(device).eval(), backbone=frozen.to(device),
                                size=config.data.size, threshold=_threshold(result, config),
                                stretch=config.data.stretch, result=result, folder=folder,
-                               device=device)
+                               device=device, finder=_finder(result, config, out, channels, device))
     except KitError: raise
     except Exception as e:  # what an impossible configuration makes of torch cannot be listed
         said = f'{type(e).__name__}: {str(e)[:200]}'
@@ -112,6 +130,14 @@ def load_run(
                        folder/'result.json', 'Run lts reproduce again') from e
 
 # %% ../../nbs/manual/04_predict.ipynb #96001370
+def _things_of(run, maps):
+    "The things of one picture, which serve as the annotated ones, too. KitError without a head."
+    if run.finder is None:
+        raise KitError('the run chose among detections of a file, which this picture is not in',
+                       run.folder, 'Take a run with candidates of its own')
+    things = tuple(run.finder(maps))
+    return things + things
+
 def predict(
     run,             # from `load_run`
     image:np.ndarray, # (H, W, 3) uint8, RGB
@@ -126,6 +152,7 @@ def predict(
     batch |= {k: v.to(run.device) for k, v in method.inputs(cfg, [words]).items()}
     with torch.inference_mode():
         features = tuple(run.backbone(torch.as_tensor(pixels)[None].to(run.device)))
+        if method.things: features += _things_of(run, features)
         out = method.forward(run.model, features, batch)
         prior = method.prior(out)
     geometry = letterbox_geometry(*image.shape[:2], run.size, run.stretch)
@@ -241,6 +268,24 @@ def _check_writable(path):
                        'Give --predictions the name of a file')
 
 # %% ../../nbs/manual/04_predict.ipynb #da686cfd
+def _source(run, refer, split, detections=None, least=0., clean=False):
+    "A run's feature source for a split of any data set, and what a result says of its things."
+    live = LiveFeatures(refer, run.backbone, run.size, run.device, run.stretch)
+    if not run.method.things:
+        if detections is None: return live, {}
+        raise KitError(f'the method {run.method.name!r} does not choose among detections',
+                       detections, 'Leave --detections out')
+    from lts_nb.training.candidates import FoundThings
+    ids = sorted({r.image_id for r in refer.refs.values() if r.split == split})
+    annotated = KeptThings(annotated_things(refer, ids, run.size, run.stretch), run.size)
+    if detections:
+        arrays, told = read_detections(detections, refer, ids, run.size, run.stretch, least, clean)
+        return WithThings(live, KeptThings(arrays, run.size), annotated), told
+    if run.finder is None:
+        raise KitError('the run chose among detections of a file', run.folder,
+                       'Give a file of this data set: --detections FILE')
+    return FoundThings(live, run.finder, annotated), {}
+
 def evaluate_run(
     folder,             # a run's folder; None: the run that the kit ships
     root,               # the data's folder
@@ -248,13 +293,16 @@ def evaluate_run(
     split:str,          # to be scored
     by=None,            # partition of the data set; None: its usual one
     predictions=None,   # file for the masks, as COCO RLE
-)->dict:                # n, oIoU, mIoU, prec@0.5 … prec@0.9, pointing (None for a model without a prior)
+    detections=None,    # a user's own, for methods that choose; None: those of the run's head
+    least:float=0.,     # score from which one of those counts
+    clean:bool=False,   # the user asserts that their detector never saw these pictures
+)->dict:                # n, oIoU, mIoU, prec@0.5 … prec@0.9, pointing (None for a model without a prior); with detections also recall@0.5, and what they are
     """Metrics of a trained run on a split of any REFER data set.
     KitError where the run, the data or the place for the masks is not right."""
     refer, run = Refer(root, dataset, by), load_run(folder, root)
     samples = Samples(refer, split, run.vocab, run.config.data.max_len, run.size,
                       stretch=run.stretch, inputs=partial(run.method.inputs, run.config.model))
-    source = LiveFeatures(refer, run.backbone, run.size, run.device, run.stretch)
+    source, told = _source(run, refer, split, detections, least, clean)
     if predictions: _check_writable(predictions)
     masks = []
     def keep(sentence, ref, mask, prior, truth): masks.append((sentence.sent_id, encode_rle(mask)))
@@ -263,4 +311,7 @@ def evaluate_run(
                       finishes=run.method.finishes[:1])
     if predictions:
         write_predictions(predictions, ((i, decode_rle(rle, *rle['size'])) for i, rle in masks))
-    return split_metrics(scores)
+    if not told: return split_metrics(scores)
+    from lts_nb.training.candidates import choice_scores
+    best = choice_scores(samples, source.detected)['best']
+    return split_metrics(scores) | {'recall@0.5': 100*float((best > .5).mean())} | told
