@@ -362,6 +362,7 @@ class Lang2segMethod(Method):
     "Lang2seg: regional filters, a detector for the one object, a caption that must come back."
     name, title, config = 'lang2seg', 'Lang2seg', Lang2segConfig
     needs = ('mask', 'box')
+    rates = {'cpu': 1e-3}
     notes = ('It learns from boxes as well as from masks, as all detectors do; LTS sees no box.',
              'Its detector is the instance head of this kit, not Mask R-CNN.',
              'Detector and captioner are trained in one go with the filters, from scratch; '
