@@ -73,6 +73,7 @@ class Row(NamedTuple):
     datasets: tuple      # the paper's names
     splits: tuple = None # None: all that the paper has
 
+# %% ../../nbs/evidence/02_experiments.ipynb #185738c8
 SIZES_416 = (320, 352, 384, 416, 448, 480)  # Table 6; the fourth is the default
 SPLITS_OF = {'refcoco': ('val', 'testA', 'testB'), 'refcoco+': ('val', 'testA', 'testB'),
              'refcocog': ('val', 'test')}

@@ -218,6 +218,7 @@ def _fetched(steps):
     numbers = iter(torch.stack([t.double() for t in tensors]).tolist())
     return [dict(zip(s, numbers)) for s in steps]
 
+# %% ../../nbs/training/02_fit.ipynb #1f71f1d3
 class _Ledger:
     "The losses of finished steps: looked at in each step, or those of `look` steps together."
     def __init__(self, progress, group, look):

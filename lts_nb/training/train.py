@@ -27,6 +27,7 @@ def cut_rows(
     if len(cut) > 1 and len(cut[-1]) == 1: cut.pop()
     return cut
 
+# %% ../../nbs/training/07_train.ipynb #c7187501
 def train_model(
     model:torch.nn.Module, # trained in place
     samples:Samples,       # of the training split
