@@ -46,7 +46,7 @@ def committed(
     "The committed report of a preset."
     return KIT/'reports'/preset
 
-# %% ../../nbs/manual/03_batch.ipynb #7e104ebd
+# %% ../../nbs/manual/03_batch.ipynb #5676050a
 def make_plan(
     runs:list,   # configurations, from `runs_for`
     wanted,      # Cells, table numbers, or None: what they are for
@@ -82,6 +82,7 @@ def things_step(
     return config_hash([data, config.data.size, config.data.stretch, plain['backbone'],
                         plain['head']])
 
+# %% ../../nbs/manual/03_batch.ipynb #a3aef6db
 def _things_of(runs):
     "Of each step that makes candidates, what it is called with, and its runs."
     out = {}

@@ -61,7 +61,7 @@ def pack_things(
                 scores=np.array([t[2] for t in lines], np.float32),
                 masks=np.stack(masks) if masks else np.zeros((0, 0), np.uint8))
 
-# %% ../../nbs/rivals/16_proposals.ipynb #b4e4bd30
+# %% ../../nbs/rivals/16_proposals.ipynb #a9d7cbbd
 def _sound(arrays, cells):
     "Whether arrays are as `pack_things` makes them."
     n, pictures = len(arrays['boxes']), len(arrays['image_id'])
@@ -75,6 +75,7 @@ def _sound(arrays, cells):
             and len(np.unique(arrays['image_id'])) == pictures and arrays['masks'].dtype == np.uint8
             and np.isfinite(arrays['boxes']).all() and np.isfinite(arrays['scores']).all())
 
+# %% ../../nbs/rivals/16_proposals.ipynb #77f83a50
 class KeptThings:
     "Things from arrays, by picture."
     def __init__(self,
@@ -183,7 +184,12 @@ class TopDown(nn.Module):
         # the finest first
         return out[::-1]
 
-# %% ../../nbs/rivals/16_proposals.ipynb #e2c06e16
+# %% ../../nbs/rivals/16_proposals.ipynb #67143f2e
+def _tower(width, depth):
+    "Convolutions that keep size and width."
+    return nn.Sequential(*(_conv3(width, width, _group_norm) for _ in range(depth)))
+
+# %% ../../nbs/rivals/16_proposals.ipynb #0da333fd
 class Towers(nn.Module):
     "For each location of a level: classes, box, centre-ness, and the weights of a mask head."
     def __init__(self,
@@ -193,9 +199,8 @@ class Towers(nn.Module):
     ):
         super().__init__()
         w = cfg.width
-        def tower(): return nn.Sequential(*(_conv3(w, w, _group_norm) for _ in range(cfg.depth)))
-        self.boxes = tower()
-        self.classes = nn.Identity() if cfg.shared else tower()
+        self.boxes = _tower(w, cfg.depth)
+        self.classes = nn.Identity() if cfg.shared else _tower(w, cfg.depth)
         self.shared = cfg.shared
         self.to_class = nn.Conv2d(w, classes, 3, padding=1)
         self.to_box = nn.Conv2d(w, 5, 3, padding=1)  # four distances and the centre-ness
@@ -330,7 +335,7 @@ class Head(nn.Module):
         "F_v1, F_v2, F_v3 -> `HeadOutput`"
         return self.answer(self.top_down(maps))
 
-# %% ../../nbs/rivals/16_proposals.ipynb #16394ac9
+# %% ../../nbs/rivals/16_proposals.ipynb #6de0c51d
 class Targets(NamedTuple):
     "What the head should say at each of N locations of P pictures."
     which: torch.Tensor   # (P,N): number of the object, -1 for nothing, -2 where nothing is asked
@@ -347,6 +352,7 @@ def centres_of_mass(
     y = (masks.sum(3)*(torch.arange(h).to(n) + .5)).sum(-1)/n
     return 4*torch.stack([x, y], -1)
 
+# %% ../../nbs/rivals/16_proposals.ipynb #856d9697
 def location_targets(
     places,   # (N,2): x and y, in pixels
     strides,  # (N,)
@@ -469,7 +475,7 @@ def matrix_nms(
     pair = torch.ones_like(decay, dtype=torch.bool).triu(1)
     return scores*torch.where(pair, decay, 1.).amin(0).clamp_max(1.)
 
-# %% ../../nbs/rivals/16_proposals.ipynb #7e50a59e
+# %% ../../nbs/rivals/16_proposals.ipynb #51fafba4
 def _tight(masks):
     "Boxes round masks (M,h,w) at stride 4: (M,4) in pixels."
     out = []
@@ -480,6 +486,7 @@ def _tight(masks):
     (x0, x1), (y0, y1) = out
     return 4*torch.stack([x0, y0, x1, y1], 1).float()
 
+# %% ../../nbs/rivals/16_proposals.ipynb #f403972d
 @torch.no_grad()
 def candidates(
     out:HeadOutput,    # of P pictures, from a head in evaluation mode

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import torch
+from fastcore.basics import patch
 from filelock import FileLock
 from pydantic import Field
 from safetensors.torch import load_file, save_file
@@ -182,7 +183,7 @@ def cut(
     whole = np.array([0, 0, size, size]), 0, 0., np.ones((size//4, size//4), bool)
     return kept or [whole]
 
-# %% ../../nbs/training/12_candidates.ipynb #cf23a191
+# %% ../../nbs/training/12_candidates.ipynb #7c540b7b
 class Shared:
     "Where a family's head, its candidates and its annotated objects are kept in a report's folder."
     def __init__(self,
@@ -211,19 +212,24 @@ class Shared:
         if self.config.head.detections: return self.known.exists()
         return all(f.exists() for f in (self.weights, self.found, self.known))
 
-    @property
-    def made_by(self): return self.weights.with_name(f'modules-{self.key}.json')
+# %% ../../nbs/training/12_candidates.ipynb #87851bae
+@patch(as_prop=True)
+def made_by(self:Shared):
+    "The file that says which versions of the modules were at work."
+    return self.weights.with_name(f'modules-{self.key}.json')
 
-    def forget_others(self,
-        modules:dict,  # {module: hash}
-    ):
-        "Remove what other versions of some modules have made."
-        try: before = json.loads(self.made_by.read_text())
-        except (OSError, ValueError): return
-        if before == modules: return
-        for f in (self.weights, self.weights.with_suffix('.pt'), self.found, self.known):
-            f.unlink(missing_ok=True)
+@patch
+def forget_others(self:Shared,
+    modules:dict,  # {module: hash}
+):
+    "Remove what other versions of some modules have made."
+    try: before = json.loads(self.made_by.read_text())
+    except (OSError, ValueError): return
+    if before == modules: return
+    for f in (self.weights, self.weights.with_suffix('.pt'), self.found, self.known):
+        f.unlink(missing_ok=True)
 
+# %% ../../nbs/training/12_candidates.ipynb #39489aea
 def family_of(
     config:RunConfig,  # of a run
     refer,             # its data
@@ -256,7 +262,7 @@ def joined(
            for k in ('image_id', 'boxes', 'kinds', 'scores', 'masks')}
     return out | {'first': np.concatenate([*firsts, lines[-1:]])}
 
-# %% ../../nbs/training/12_candidates.ipynb #7e8cf29a
+# %% ../../nbs/training/12_candidates.ipynb #b9af9b77
 def classes_of(
     refers,  # `Refer` of each set
 )->dict:     # category id -> name
@@ -282,6 +288,7 @@ def _make_head(shared, source, channels, acc):
     write_text(shared.weights.with_suffix('.json'), json.dumps(told, indent=1))
     shared.weights.with_suffix('.pt').unlink(missing_ok=True)
 
+# %% ../../nbs/training/12_candidates.ipynb #9a1f9ee7
 def open_head(
     cfg:HeadConfig,  # its switches
     channels,        # of F_v1, F_v2, F_v3
@@ -310,7 +317,8 @@ def _find_all(shared, source, channels, device):
     ids = pretraining_images(shared.refers)
     some = [ids[int(k)] for k in np.linspace(0, len(ids) - 1, min(cfg.check, len(ids)))]
     theta = choose_theta(head, some, source, _training_things(shared, some), device)
-    found = find_things(head, shared.pictures, source, device, workers=shared.config.compute.workers)
+    workers = shared.config.compute.workers
+    found = find_things(head, shared.pictures, source, device, workers=workers)
     table = pack_things({i: cut(things, theta, size) for i, things in found.items()})
     return table | {'theta': np.array(theta)}
 
@@ -392,7 +400,8 @@ def choice_scores(
         rows.append((*(part[k] for k in chosen for part in (i, u)), len(i), iou.max()))
     names = [f'{name}_{part}' for name in CHOICES for part in 'iu']
     columns = list(zip(*rows))
-    out = {name: np.array(column, np.int64) for name, column in zip([*names, 'candidates'], columns)}
+    counted = zip([*names, 'candidates'], columns)
+    out = {name: np.array(column, np.int64) for name, column in counted}
     return out | {'best': np.array(columns[-1], np.float32)}
 
 # %% ../../nbs/training/12_candidates.ipynb #1ce28850
@@ -441,7 +450,7 @@ def with_things(
         run.things = dict(head=shared.key, theta=float(run.detected.arrays['theta']), note='')
     return WithThings(run.source, run.detected, annotated)
 
-# %% ../../nbs/training/12_candidates.ipynb #bc6bb111
+# %% ../../nbs/training/12_candidates.ipynb #d1820631
 class Finder:
     "Finds the things of any picture, for runs that are done."
     def __init__(self,
@@ -461,6 +470,7 @@ class Finder:
         kept = KeptThings(table, self.size)(range(len(found)))
         return Things(*(t.to(maps[0].device) for t in kept))
 
+# %% ../../nbs/training/12_candidates.ipynb #0c9a07ef
 class FoundThings(WithThings):
     "Live features that end with things which are found at once."
     def __init__(self,
