@@ -7,7 +7,7 @@ __all__ = ['TAGS', 'LABELS', 'rule_tags', 'rule_labels', 'Tree', 'tree_of', 'tre
            'node_types', 'TypedLSTM', 'Single', 'Pair', 'Regions', 'NMTreeConfig', 'Reading', 'NMTree',
            'official_weights', 'slow_decay', 'NMTreeMethod']
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #f33b2feb
+# %% ../../nbs/rivals/19_nmtree.ipynb #8a2616fc
 import math
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -25,7 +25,7 @@ from .mattnet import Location, Scaled, mean_of_windows, places_of
 from .proposals import Chooser, ChooserConfig, ChooserNet
 from ..settings import Width
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #be904b66
+# %% ../../nbs/rivals/19_nmtree.ipynb #0212d9e9
 _NOUN = {noun for nouns in NOUNS.values() for noun in nouns}
 _SIDE = {'left', 'right', 'top', 'bottom', 'middle'}
 # closed classes of English as far as short expressions need them; the names are the Penn Treebank's
@@ -57,7 +57,7 @@ def rule_labels(
         else: out.append(_DEP_OF.get((tag, tags[head]), 'dep'))
     return tuple(out)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #47af7923
+# %% ../../nbs/rivals/19_nmtree.ipynb #28d9ff3d
 class Tree(NamedTuple):
     "The nodes of a sentence, in the order of its words."
     at: tuple      # place of each node's word in the sentence
@@ -95,7 +95,7 @@ def tree_of(
     if how == 'spacy': return _by_spacy(words, kept)
     return _by_rule(words, kept, {'grammar': grammar_heads, 'chain': chain_heads}[how])
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #cbc7302d
+# %% ../../nbs/rivals/19_nmtree.ipynb #3e03410d
 TAGS = tuple('''XX CC CD DT EX FW IN JJ JJR JJS LS MD NN NNP NNPS NNS PDT POS PRP PRP$ RB RBR RBS
 RP SYM TO UH VB VBD VBG VBN VBP VBZ WDT WP WP$ WRB ADD AFX HYPH NFP . , : `` '' "" -LRB- -RRB-
 $ #'''.split())
@@ -123,7 +123,7 @@ def tree_tensors(
         out[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
     return out
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #9e1ff216
+# %% ../../nbs/rivals/19_nmtree.ipynb #99cd5c1f
 class Level(NamedTuple):
     "The nodes of one depth, of all trees of a batch."
     at: torch.Tensor      # (M,) number of each node among all B·N
@@ -156,7 +156,7 @@ def shape_of(
         rank[at] = torch.arange(len(at), device=at.device)
     return Shape(below, real, levels)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #42e11d40
+# %% ../../nbs/rivals/19_nmtree.ipynb #4e1d77e5
 def node_types(
     logits,        # (B,N,2): language, visual
     training:bool, # with noise, and a gradient through the choice
@@ -166,7 +166,7 @@ def node_types(
     if training: return F.gumbel_softmax(logits, tau, hard=True)
     return F.one_hot(logits.argmax(-1), 2).to(logits.dtype)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #4ce38a6f
+# %% ../../nbs/rivals/19_nmtree.ipynb #56c9fffb
 def _summed(values, places, n):
     "Rows of `values` added up at their places: n rows."
     return values.new_zeros(n, *values.shape[1:]).index_add(0, places, values)
@@ -192,7 +192,7 @@ class TypedLSTM(nn.Module):
         "What the nodes add to the gates, for all of them at once."
         return self.own(e).view(-1, 2, 4, self.hidden)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #cac9fd50
+# %% ../../nbs/rivals/19_nmtree.ipynb #1b50ba96
 @patch
 def step(self:TypedLSTM,
     own,     # (M,2,4,hidden) rows of `gates`
@@ -214,7 +214,7 @@ def step(self:TypedLSTM,
     c, h = ((z[:, :, None]*both).sum(1) for both in (new, out))
     return c, self.drop(h)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #531a017c
+# %% ../../nbs/rivals/19_nmtree.ipynb #175f2e2d
 def _in_rows(levels, values, shape):
     "Values of all levels back at their nodes; 0 at padding."
     B, N = shape.real.shape
@@ -251,7 +251,7 @@ def down(self:TypedLSTM, e, z, shape):
         out.append(h)
     return _in_rows(shape.levels, out, shape)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #f09c0401
+# %% ../../nbs/rivals/19_nmtree.ipynb #f7cbc36e
 class Single(nn.Module):
     "How well does a region fit a phrase? w · norm(W v ⊙ r)."
     def __init__(self,
@@ -287,7 +287,7 @@ class Pair(nn.Module):
         x = (u + self.other(them)[:, None])*r[:, None]
         return F.normalize(x, dim=-1) @ self.out.weight[0]
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #ec726d35
+# %% ../../nbs/rivals/19_nmtree.ipynb #193bc81e
 class Regions(nn.Module):
     "A thing as a vector: the mean of each map in its box, and its place."
     def __init__(self,
@@ -312,7 +312,7 @@ class Regions(nn.Module):
         places = places_of(things.boxes.to(look), things.kinds, (size, size))
         return torch.cat([look, self.place(places.own, places.alike)], -1)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #49aaf0fb
+# %% ../../nbs/rivals/19_nmtree.ipynb #ebc09ddb
 class NMTreeConfig(ChooserConfig):
     "Every switch of NMTree; the defaults are the widths of the official code."
     emb_dim: Width = Field(300, description="of a word: GloVe's")
@@ -327,7 +327,7 @@ class NMTreeConfig(ChooserConfig):
         'grammar', description="where trees come from: 'grammar' of RefShapes, 'spacy', "
                                "'chain' (no parse: each word hangs on the word before)")
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #a8a5fa5f
+# %% ../../nbs/rivals/19_nmtree.ipynb #e78b75d6
 class Reading(NamedTuple):
     "What the network thinks on the way up a tree."
     scores: torch.Tensor   # (B,K): the answer
@@ -359,7 +359,7 @@ class NMTree(ChooserNet):
         self.single, self.pair = Single(v, d), Pair(v, d)
     def look(self, maps, things): return (self.regions(maps, things),)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #716c2590
+# %% ../../nbs/rivals/19_nmtree.ipynb #436f3f80
 @patch
 def embed(self:NMTree,
     tokens,  # (B,T)
@@ -387,7 +387,7 @@ def phrases(self:NMTree,
     weights = logits.masked_fill(~shape.below[:, None], -math.inf).softmax(-1)
     return weights @ e[:, None], weights
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #8038f900
+# %% ../../nbs/rivals/19_nmtree.ipynb #32b2bebf
 @patch
 def compare(self:NMTree,
     o,     # (M,K): which thing each node points at
@@ -402,7 +402,7 @@ def compare(self:NMTree,
     them = (share[:, None] @ v)[:, 0]
     return self.pair(u, them, r)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #50a84c17
+# %% ../../nbs/rivals/19_nmtree.ipynb #70f5892d
 @patch
 def climb(self:NMTree,
     v,      # (B,K,d_region)
@@ -436,7 +436,7 @@ def climb(self:NMTree,
     nodes, pointed = (_in_rows(shape.levels[::-1], x, shape) for x in (handed, pointed))
     return Reading(answer.masked_fill(~real, -math.inf), nodes, pointed, z, weights)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #6f63ff12
+# %% ../../nbs/rivals/19_nmtree.ipynb #af637238
 @patch
 def read(self:NMTree,
     regions, # (B,K,d_region), from `look`
@@ -456,7 +456,7 @@ def scores(self:NMTree, regions, things, tokens, lengths, inputs):
     "As `ChooserNet.scores`."
     return self.read(regions[0], things, tokens, inputs).scores
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #bc71069f
+# %% ../../nbs/rivals/19_nmtree.ipynb #58b1b1c6
 _TYPES = 'lang', 'vis'  # the order of the types in all weights
 
 def _lstm_weights(state, name):
@@ -469,7 +469,7 @@ def _lstm_weights(state, name):
             'own.bias': rows(own, 'bias') + rows(hidden, 'bias'),
             'all.weight': rows(hidden[::2], 'weight'), 'each.weight': rows(hidden[1::2], 'weight')}
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #aa4e1e9d
+# %% ../../nbs/rivals/19_nmtree.ipynb #c9bc5229
 # the same for everything that a softmax compares
 _NO_EFFECT = ('single_score.fc.bias', 'pair_score.fc.bias', 'sbj_attn_logit.bias',
               'rlt_attn_logit.bias', 'obj_attn_logit.bias')
@@ -496,14 +496,14 @@ def official_weights(
         out |= {f'{ours}.{k}': v for k, v in _lstm_weights(state, theirs).items()}
     return out
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #30e91ea0
+# %% ../../nbs/rivals/19_nmtree.ipynb #0def5194
 def slow_decay(
     done:float,  # share of training, 0 … 1
 )->float:        # factor of the learning rate
     "Nine tenths after each quarter: every ten of the official code's forty epochs."
     return .9**int(4*done)
 
-# %% ../../nbs/rivals/19_nmtree.ipynb #18b8f5f7
+# %% ../../nbs/rivals/19_nmtree.ipynb #977498eb
 class NMTreeMethod(Chooser):
     "NMTree: modules assembled along the dependency tree."
     name, title, config = 'nmtree', 'NMTree', NMTreeConfig
@@ -514,7 +514,15 @@ class NMTreeMethod(Chooser):
         'cpu': dict(emb_dim=100, tag_dim=8, label_dim=8, hidden=256, look=96, place=96),
         'paper': dict(tree='spacy'),
     }
-    notes = ('x',)
+    rates = {'cpu': 3e-3}
+    notes = ('It chooses among things that a detector of the kit has found on the frozen features; '
+             'the paper has Mask R-CNN.',
+             'Its regions are means of the feature maps, learned with the tree; the official code '
+             'reads the features of a trained MAttNet, which has heard the sentence.',
+             'It learns from the boxes of all annotated objects of the training pictures, and the '
+             'detector from their masks.',
+             "Its trees come from the grammar of RefShapes at the presets smoke, cpu and gpu, and from "
+             "spaCy's small English model 3.8.0 at the preset paper.")
     def network(self, cfg, channels, vocab, vectors=None):
         return NMTree(cfg, channels, len(vocab), vectors)
     def inputs(self, cfg, sentences):
