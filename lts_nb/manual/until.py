@@ -151,7 +151,8 @@ def describe_look(
 )->str:
     "A look, its runs and their time in one line."
     place = f'Look {look.number} of {len(LOOKS)}, after {LOOKS[look.number - 1]} seeds'
-    if not look.todo: return f'{place}: nothing to do; {tally(look.claims)}.'
+    if not look.todo:
+        return f'Looks up to {LOOKS[look.number - 1]} seeds: nothing to do; {tally(look.claims)}.'
     preset = look.todo[0].preset
     took = pd.Series(run_seconds(look.todo, out, root), dtype=float)
     gpu = preset_of(preset)['compute']['device'] != 'cpu'
