@@ -379,4 +379,5 @@ def test_a_variant_differs_from_its_preset_in_backbone_and_data_alone():
 
 def test_what_beyond_cannot_do_is_a_sentence():
     with pytest.raises(KitError, match='published'): until.beyond('paper')
+    with pytest.raises(KitError, match='cannot differ from itself'): until.beyond('smoke', data=[4])
     with pytest.raises(KitError, match='Nearest: L_loc helps'): until.beyond_runs('smoke', 0, 1, 1, ['L_loc help'])

@@ -271,7 +271,10 @@ def _further(preset, data):
     if recipe is None:
         raise KitError('this preset uses published data and weights, of which there is one each',
                        f'--preset {preset}', 'Choose --preset smoke, cpu or gpu')
-    return tuple(data or (recipe['seed'] + 1, recipe['seed'] + 2))
+    data = tuple(data or (recipe['seed'] + 1, recipe['seed'] + 2))
+    if len(set(data)) > 1: return data
+    raise KitError('one data set cannot differ from itself', f'--data {data[0]}',
+                   'Give --data twice, with different seeds')
 
 # %% ../../nbs/manual/08_until.ipynb #f9312fb0
 def beyond(
