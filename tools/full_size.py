@@ -18,7 +18,11 @@ CHANNELS, WORDS, BATCH = (1024, 512, 256), 15, 2
 # name -> (parameters in millions without the embedding, GFLOP of the head at 15 words), counted by hand
 BY_HAND = {'lts': (None, 52.05), 'rmi': (12.1, 89), 'rrn': (16.2, 30.5), 'dmn': (36, 68), 'cmsa': (25, 809),
            'bcam': (48, 261), 'cmpc': (70, 167), 'cmpc-seg': (None, 194), 'lscm': (58, 161), 'mcn': (20, 31),
-           'cgan': (14, 27)}
+           'cgan': (14, 27), 'lang2seg': (24, 19),
+           # these two were counted anew afterwards, since the first count took a product and its sum as one operation:
+           # 490 cells of ten things through two layers, and 23.4 million weights of the trees at 15 nodes
+           'mattnet': (11, 1.7), 'nmtree': (27, .7)}
+THINGS = 10  # of a picture, for methods that choose among them
 
 
 def one(name):
@@ -29,15 +33,18 @@ def one(name):
     from lts_nb.training.config import method_of
     from lts_nb.training.run import peak_memory_mb
     method, cfg = method_of(name), run_config(name, 'refcoco', 'paper').model
+    # a parse changes no count, and the parser need not be installed
+    if 'tree' in type(cfg).model_fields: cfg = cfg.replace(tree='chain')
     torch.manual_seed(0)
     model = method.build(cfg, CHANNELS, range(1000))
     embedding = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
     features = tuple(torch.rand(BATCH, c, 416//s, 416//s) for c, s in zip(CHANNELS, (32, 16, 8)))
     batch = dict(tokens=torch.randint(2, 1000, (BATCH, WORDS)), lengths=torch.tensor([WORDS, 4]))
-    single = dict(tokens=batch['tokens'][:1], lengths=batch['lengths'][:1])
+    if method.things: features = (*features, *things(), *things())
+    batch |= method.inputs(cfg, [['word']*WORDS, ['word']*4])
+    single = {k: v[:1] for k, v in batch.items()}
     flops, _ = count_flops(method.forward, model.eval(), tuple(f[:1] for f in features), single)
-    # targets: a disc, on whatever grids the method asks for
-    batch |= dict(mask=disc(104), prior=disc(52), box=torch.tensor([[.5, .5, .4, .4]]*BATCH))
+    batch |= targets(method, batch)
     optimiser = torch.optim.Adam(model.train().parameters(), lr=1e-4)
     began = time.perf_counter()
     losses = []
@@ -51,6 +58,27 @@ def one(name):
         method=name, parameters=sum(p.numel() for p in model.parameters()) - embedding, GFLOPs=round(flops/1e9, 2),
         loss_before=round(losses[0], 3), loss_after=round(losses[1], 3),
         step_seconds=round((time.perf_counter() - began)/2, 2), peak_memory_mb=peak_memory_mb())))
+
+
+def things():
+    "Candidates: boxes anywhere, their masks full."
+    import torch
+    from lts_nb.rivals.proposals import Things
+    corner = 416*torch.rand(BATCH, THINGS, 2)/2
+    boxes = torch.cat([corner, corner + 40 + 100*torch.rand(BATCH, THINGS, 2)], -1)
+    return Things(boxes, torch.arange(THINGS).expand(BATCH, -1) % 3, torch.ones(BATCH, THINGS),
+                  torch.ones(BATCH, THINGS, 104, 104, dtype=torch.bool))
+
+
+def targets(method, batch):
+    "What the method asks for: a disc on its grids, its box, and one thing against another."
+    import torch
+    known = dict(
+        mask=disc(104), prior=disc(52), box=torch.tensor([[.5, .5, .4, .4]]*BATCH),
+        target=torch.zeros(BATCH, dtype=torch.long), other_object=torch.tensor([[0, 1], [1, 2]]),
+        other_sentence=batch['tokens'].flip(0), attributes=torch.zeros(BATCH, 50),
+        attribute_weights=torch.ones(50))
+    return {name: known[name] for name in method.needs}
 
 
 def disc(side):
