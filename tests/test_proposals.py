@@ -319,3 +319,51 @@ def test_what_candidates_allow_is_counted_by_sentence(dot, tmp_path):
     masks = known['masks'].copy(); masks[line] = 0
     less = choice_scores(samples, KeptThings(known | {'masks': masks}, 128))
     assert less['best'][0] < .5 < found['best'][0]
+
+
+def test_a_killed_training_of_the_head_goes_on_with_the_same_weights(tmp_path):
+    from lts_nb.training.candidates import CandidatesConfig, train_head
+    ids = list(range(12))
+    things = some_things(12, 3, seed=3)
+    table = pack_things({i: [(things.boxes[i, k].numpy(), int(things.kinds[i, k]) % 6, 1., things.masks[i, k].numpy()) for k in range(3)] for i in ids})
+    g = torch.Generator().manual_seed(0)
+    maps = [torch.randn(12, c, s, s, generator=g) for c, s in ((8, 4), (8, 8), (8, 16))]
+    cfg = CandidatesConfig(head=HeadConfig(width=8, levels=2, depth=1, shared=True, mask_depth=1), images=48, batch=6, epochs=3, decay=2)
+    def trained(checkpoint, dies_at=None):
+        calls = []
+        def source(some):
+            calls.append(some)
+            if len(calls) == dies_at: raise KeyboardInterrupt
+            return tuple(m[some] for m in maps)
+        torch.manual_seed(1)
+        head = Head(cfg.head, (8, 8, 8), 6)
+        train_head(head, ids, source, KeptThings(table, 128), cfg, checkpoint=checkpoint)
+        return head.state_dict()
+    whole = trained(tmp_path/'a.pt')
+    with pytest.raises(KeyboardInterrupt): trained(tmp_path/'b.pt', dies_at=4)
+    rest = trained(tmp_path/'b.pt')
+    assert all(torch.equal(whole[k], rest[k]) for k in whole)
+
+
+def test_other_versions_of_the_code_find_new_candidates(dot, tmp_path):
+    from lts_nb.training.candidates import ensure_things
+    from lts_nb.training.opening import ensure_backbone, ensure_data
+    config = run_config('dot', 'refcoco', 'smoke')
+    ensure_data(config, tmp_path/'data'), ensure_backbone(config, tmp_path/'data', tmp_path)
+    def made(version):
+        shared = ensure_things(config, tmp_path/'data', tmp_path, {'rivals.proposals': version})
+        return shared, shared.weights.stat().st_mtime_ns, shared.weights.read_bytes()
+    (shared, first, content), (_, second, _), (_, third, again) = made('one'), made('one'), made('two')
+    assert first == second < third and content == again
+    assert shared.stand() and ensure_things(run_config('lts', 'refcoco', 'smoke'), tmp_path/'data', tmp_path) is None
+
+
+def test_the_plan_names_the_step_and_a_head_is_shared_by_all_sets_and_seeds(dot, tmp_path):
+    from lts_nb.manual import batch
+    runs = [run_config('dot', d, 'smoke', s) for d in ('refcoco', 'refcoco+') for s in (0, 1)]
+    runs.append(run_config('lts', 'refcoco', 'smoke'))
+    plan = batch.make_plan(runs, ['1'], 2, tmp_path, tmp_path/'data')
+    (step, told), = plan['things'].items()
+    assert told['runs'] == [r.run for r in runs[:4]] and told['threads'] == 1
+    assert batch.things_step(runs[0]) == step and batch.things_step(runs[-1]) is None
+    assert 'training.candidates' in plan['modules']['things'] and 'rivals.proposals' in plan['modules']['things']

@@ -375,22 +375,25 @@ def _evidence_section(frame, results):
         parts += [dict(text=_how_shared), dict(grid=frame_grid(shown))]
     return 'evidence', 'Does it read, and what does the grid explain?', parts
 
-# %% ../../nbs/evidence/07_report.ipynb #6f52afe9
+# %% ../../nbs/evidence/07_report.ipynb #fbd0d073
 _how_raced = (
     'All methods saw the same sentences in the same batches for the same number of steps, on the '
     'same frozen features. Each has the learning rate that was best in a search on data that is '
     'never graded (reports/dev). Below: every method at other thresholds than its own; “best on '
     'val” is chosen on val and applied to all splits of the run.')
+
 _how_costly = (
     'What a method costs: its head’s parameters and operations (the backbone is the same for all), '
     'seconds of training, and milliseconds a sentence for the head and for each way of finishing '
     'its masks, as they were during scoring on this machine.')
+
 _how_chosen = (
     'What is detection and what is language, of the methods that choose among candidate objects: '
     'overall IoU on detected objects (the row of Table 1), on annotated ones (truth), of the best '
     'candidate (oracle: the ceiling), of any candidate and of the most confident one (floors that '
     'do not read); then how many objects are among the candidates with an IoU above one half, by '
     'thirds of their size.')
+
 _how_recorded = (
     'What the record says: numbers of Table 1’s methods that stand in another place, with the '
     'condition under which they were reached.')
@@ -403,6 +406,7 @@ def _titles(costs):
         if e == method.name: own[e] = method.title
     return own
 
+# %% ../../nbs/evidence/07_report.ipynb #f64bc670
 def _race_section(results, dataset):
     "Thresholds, costs and the record, where any earlier method was run."
     if not any(method_for(r['experiment']).name != 'lts' for r in results): return None

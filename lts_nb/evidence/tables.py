@@ -533,6 +533,12 @@ def costs_frame(
     return frame.groupby(['experiment', 'dataset'], sort=False).mean().reset_index()
 
 # %% ../../nbs/evidence/03_tables.ipynb #97b53e08
+def _place(name):
+    "Recall's numbers first, and of each the smallest objects' first."
+    sizes = 'small', 'medium', 'large'
+    size = next((k for k, s in enumerate(sizes) if name.endswith(s)), -1)
+    return not name.startswith('recall'), name.split()[0], size
+
 def settings_frame(
     results:list,   # from `load_results`
 )->pd.DataFrame:    # experiment, dataset, split, overall IoU of each setting, recall; percent
@@ -546,9 +552,10 @@ def settings_frame(
             own = r['metrics'][split]
             row = dict(experiment=r['experiment'], dataset=r['dataset'], split=split,
                        detected=own['oIoU'], truth=truth.get('oIoU'))
-            row |= {k: m['oIoU'] for k, m in found.items() if k != 'recall'}
+            row |= {k: found.get(k, {}).get('oIoU') for k in ('oracle', 'random', 'confident')}
             row |= {'detected prec@0.5': own['prec@0.5'], 'truth prec@0.5': truth.get('prec@0.5')}
-            rows.append(row | found['recall'])
+            recall = found.get('recall', {})
+            rows.append(row | {k: recall[k] for k in sorted(recall, key=_place)})
     if not rows: return pd.DataFrame(columns=['experiment', 'dataset', 'split', 'detected'])
     keys = ['experiment', 'dataset', 'split']
     return pd.DataFrame(rows).groupby(keys, sort=False).mean().reset_index()

@@ -46,7 +46,7 @@ def committed(
     "The committed report of a preset."
     return KIT/'reports'/preset
 
-# %% ../../nbs/manual/03_batch.ipynb #7e104ebd
+# %% ../../nbs/manual/03_batch.ipynb #5676050a
 def make_plan(
     runs:list,   # configurations, from `runs_for`
     wanted,      # Cells, table numbers, or None: what they are for
@@ -82,6 +82,7 @@ def things_step(
     return config_hash([data, config.data.size, config.data.stretch, plain['backbone'],
                         plain['head']])
 
+# %% ../../nbs/manual/03_batch.ipynb #a3aef6db
 def _things_of(runs):
     "Of each step that makes candidates, what it is called with, and its runs."
     out = {}
@@ -387,17 +388,19 @@ def _watch(process, results, begun, out, todo, jobs):
         bar.n = sum(f.exists() for f in results.values()); bar.refresh()
 
 # %% ../../nbs/manual/03_batch.ipynb #1945102d
-_SHARED = {'data': 'making data', 'pretrain': 'pretraining'}
+_SHARED = {'data': 'making data', 'pretrain': 'pretraining', 'made': 'finding candidates'}
 
 # %% ../../nbs/manual/03_batch.ipynb #352ece8d
 def _stage(out, begun):
     "What is being made at present, from the newest logs."
-    logs = [f for f in [*out.glob('shared/*.log'), *out.glob('runs/*/log.txt')]
-            if f.stat().st_mtime >= begun]
+    places = 'shared/*.log', 'shared/things/*.log', 'runs/*/log.txt'
+    logs = [f for place in places for f in out.glob(place) if f.stat().st_mtime >= begun]
     busy = [f for f in logs if f.name != 'log.txt' or not (f.parent/'result.json').exists()]
     runs = sorted(f.parent.name for f in busy if f.name == 'log.txt')
     if runs: return ', '.join(runs[:3])
-    return _SHARED.get(max(busy, key=lambda f: f.stat().st_mtime).stem, '') if busy else ''
+    if not busy: return ''
+    newest = max(busy, key=lambda f: f.stat().st_mtime).stem
+    return _SHARED.get(newest.partition('-')[0], '')
 
 # %% ../../nbs/manual/03_batch.ipynb #9b09c3e3
 def failure_of(

@@ -147,7 +147,7 @@ def needs_of(
                             minutes=round(2*took/60) + 15 if took else DAY,
                             seconds=round(took or 0))
     return needs | {step: dict(mem_mb=unknown, minutes=minutes, seconds=0)
-                    for step, minutes in [('data', 120), ('backbone', DAY)]}
+                    for step, minutes in [('data', 120), ('backbone', DAY), ('things', DAY)]}
 
 # %% ../../nbs/manual/07_machines.ipynb #e374a8b3
 def critical_path(

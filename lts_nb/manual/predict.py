@@ -267,7 +267,7 @@ def _check_writable(path):
         raise KitError('the predictions would be written over a folder', path,
                        'Give --predictions the name of a file')
 
-# %% ../../nbs/manual/04_predict.ipynb #da686cfd
+# %% ../../nbs/manual/04_predict.ipynb #393f4283
 def _source(run, refer, split, detections=None, least=0., clean=False):
     "A run's feature source for a split of any data set, and what a result says of its things."
     live = LiveFeatures(refer, run.backbone, run.size, run.device, run.stretch)
@@ -286,6 +286,7 @@ def _source(run, refer, split, detections=None, least=0., clean=False):
                        'Give a file of this data set: --detections FILE')
     return FoundThings(live, run.finder, annotated), {}
 
+# %% ../../nbs/manual/04_predict.ipynb #eb021cc6
 def evaluate_run(
     folder,             # a run's folder; None: the run that the kit ships
     root,               # the data's folder

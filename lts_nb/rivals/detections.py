@@ -60,11 +60,13 @@ def _detection(record, refer):
     if not isinstance(rle, dict):
         raise ValueError('has no mask; of MAttNet\'s two files give the one that ends in _masks')
     det_id = record.get('det_id')
-    if det_id is not None and type(det_id) is not int: raise ValueError('has a det_id that is no number')
+    if det_id is not None and type(det_id) is not int:
+        raise ValueError('has a det_id that is no number')
     return Detection(i, _category(record, refer), float(score), _box(record), rle, det_id)
 
-# %% ../../nbs/rivals/17_detections.ipynb #d7b47b1d
+# %% ../../nbs/rivals/17_detections.ipynb #bed9bb56
 FORMATS = 'MAttNet', 'COCO'
+
 MOST = 1000  # detections of a picture; more is no detector's answer
 
 def _records(path):
@@ -91,6 +93,7 @@ def _once(detections, path):
         seen.add(what)
         numbers.add(d.det_id)
 
+# %% ../../nbs/rivals/17_detections.ipynb #f11f4b1a
 def _by_picture(detections, image_ids, path):
     "The detections of the wanted pictures, the surest first; KitError where one has none."
     of = {i: [] for i in image_ids}
@@ -106,7 +109,7 @@ def _by_picture(detections, image_ids, path):
                        'Leave out those with low scores')
     return {i: sorted(some, key=lambda d: -d.score) for i, some in of.items()}
 
-# %% ../../nbs/rivals/17_detections.ipynb #891b6f16
+# %% ../../nbs/rivals/17_detections.ipynb #376463d2
 def _thing(d, refer, number, size, stretch):
     "A detection as a thing: (box, kind, score, mask)."
     image = refer.images[d.image_id]
@@ -122,6 +125,7 @@ def _thing(d, refer, number, size, stretch):
 
 STAIN = 'The detector may have been trained on the pictures that are scored here.'
 
+# %% ../../nbs/rivals/17_detections.ipynb #bb990f93
 def read_detections(
     path,           # a user's file
     refer,          # `Refer`: pictures and categories

@@ -229,7 +229,7 @@ def foreign(self:Group, checkpoint, config):
     raise KitError(f'the checkpoint was made with {how}', checkpoint,
                    'Go on with its settings, or move it away: training then starts anew')
 
-# %% ../../nbs/training/11_distributed.ipynb #c112f915
+# %% ../../nbs/training/11_distributed.ipynb #aa09b213
 PLACE = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE'
 
 @contextmanager
@@ -259,6 +259,7 @@ def _make_ready(config, root, out):
             room = importlib.import_module('lts_nb.training.candidates')
             room.ensure_things(config, root, out)
 
+# %% ../../nbs/training/11_distributed.ipynb #140cbcad
 @contextmanager
 def _held(run, first, timeout):
     "The run's lock, taken once for the group."

@@ -21,7 +21,7 @@ from .scoring import ExampleKeeper, WorstKeeper, best_threshold, evaluate, kept_
 from .scoring import finish_metrics, pack_examples, save_arrays, split_ceiling
 from .scoring import sentence_facts, split_metrics, swapped_metrics, threshold_metrics
 
-# %% ../../nbs/training/09_run.ipynb #16def194
+# %% ../../nbs/training/09_run.ipynb #ea65fdab
 class Run:
     "A prepared run: data, features and model, on their device."
     def __init__(self,
@@ -37,8 +37,7 @@ class Run:
         self.lock = FileLock(self.folder/'.lock')
         # filled by `prepare`
         self.acc = self.refer = self.vocab = self.fingerprint = None
-        self.weights = self.backbone = self.source = self.model = None
-        self.things = self.detected = None  # candidates that a run has chosen among
+        self.weights = self.backbone = self.source = self.model = self.things = self.detected = None
 
     @property
     def checkpoint(self): return self.folder/'checkpoint.pt'
@@ -79,7 +78,8 @@ def prepare(
     run.source = open_features(config, run.refer, run.backbone, run.fingerprint, out,
                                run.acc.device)
     if run.method.things:  # rooms of the other methods do not depend on this one
-        run.source = importlib.import_module('lts_nb.training.candidates').with_things(run, channels)
+        room = importlib.import_module('lts_nb.training.candidates')
+        run.source = room.with_things(run, channels)
     vectors = Path(root)/config.data.vectors if config.data.vectors else None
     torch.manual_seed(config.seed)  # what was opened before may have drawn
     run.model = build_model(config, run.vocab, channels, tail, vectors, run.out/'shared'/'vectors')
@@ -212,6 +212,10 @@ def _commit():
     return sha + '+' if sha and dirty else sha or None
 
 # %% ../../nbs/training/09_run.ipynb #fabcb745
+def _chosen_among(run, scored):
+    "What a result says of the candidates, where there were any."
+    return {'things': run.things, 'choices': scored.choices} if run.things else {}
+
 def write_result(
     run:Run,          # trained and scored
     history:list,     # from `train_model`
@@ -231,7 +235,7 @@ def write_result(
         controls={s: {'swapped': m} for s, m in scored.swapped.items()}, finishes=scored.finishes,
         thresholds=scored.thresholds, threshold=scored.threshold,
         milliseconds=scored.milliseconds, history=history,
-        fingerprint=run.fingerprint, **({'things': run.things, 'choices': scored.choices} if run.things else {}),
+        fingerprint=run.fingerprint, **_chosen_among(run, scored),
         backbone=dict(file=run.weights.name, md5=_md5(run.weights), weights=c.backbone.weights),
         code=dict(version=_version('lts-kit'), commit=_commit(), modules=modules), **environment(),
         seconds=seconds, peak_memory_mb=peak_memory_mb(), peak_gpu_mb=gpu_mb,
