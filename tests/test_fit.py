@@ -11,7 +11,7 @@ from lts_nb.training import features
 from lts_nb.model.darknet import Darknet53, split_backbone
 from lts_nb.errors import KitError, atomic_path
 from lts_nb.training.features import LiveFeatures, build_features
-from lts_nb.training.fit import fit, load_checkpoint
+from lts_nb.training.fit import Adam, fit, load_checkpoint
 from lts_nb.data.refer import Refer
 
 
@@ -111,3 +111,55 @@ def test_an_interrupt_within_a_forward_pass_changes_no_byte(number, tmp_path):
     again = network()
     assert [h['loss'] for h in train(again, tmp_path/'c.pt')] == [h['loss'] for h in history]
     for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values()): assert torch.equal(a, b), name
+
+
+def walk(how, stop=None, path=None, lr=.05):
+    "Three epochs of four steps; `stop` interrupts at a step."
+    torch.manual_seed(0)
+    net, seen = nn.Linear(3, 1), [0]
+    data = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(1))
+    def batches(epoch, skip): return [dict(x=x*(epoch + 1), rows=[0]*5) for x in data][skip:]
+    def loss_of(b):
+        seen[0] += 1
+        if seen[0] == stop: raise KeyboardInterrupt
+        return (net(b['x']) - 3).square().mean(), {}
+    history = fit(net, loss_of, batches, 3, lr=lr, decay=2, checkpoint=path, config='walk', every=0, how=how)
+    return net, history
+
+
+def by_hand(how, lr=.05):
+    "The same in ten lines."
+    torch.manual_seed(0)
+    net = nn.Linear(3, 1)
+    data = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(1))
+    optimiser = torch.optim.Adam(net.parameters(), betas=how.betas, fused=True)
+    for epoch in range(3):
+        for i, x in enumerate(data):
+            optimiser.zero_grad()
+            (net(x*(epoch + 1)) - 3).square().mean().backward()
+            if how.clip:
+                for p in net.parameters(): p.grad.clamp_(-how.clip, how.clip)
+            rate = lr*(1 if epoch < 2 else .1) if how.schedule is None else lr*how.schedule((4*epoch + i)/12)
+            for g in optimiser.param_groups: g['lr'] = rate
+            optimiser.step()
+    return net
+
+
+WAYS = [Adam(), Adam(betas=(.8, .99)), Adam(clip=.01), Adam(schedule=lambda share: 1 - share), Adam((.5, .9), .5, lambda share: .1**share)]
+
+
+@pytest.mark.parametrize('how', WAYS)
+def test_the_ways_of_the_optimiser(how):
+    net, history = walk(how)
+    for a, b in zip(net.parameters(), by_hand(how).parameters()): assert torch.equal(a, b)
+    if how != Adam():
+        for a, b in zip(net.parameters(), walk(Adam())[0].parameters()): assert not torch.equal(a, b)
+    assert history[1]['lr'] == pytest.approx(.05*(1 if how.schedule is None else how.schedule(1/3)))
+
+
+@pytest.mark.parametrize('how', WAYS[3:])
+def test_a_rate_that_falls_all_the_time_goes_on_where_it_stood(tmp_path, how):
+    whole, _ = walk(how)
+    with pytest.raises(KeyboardInterrupt): walk(how, stop=7, path=tmp_path/'c.pt')
+    resumed, _ = walk(how, path=tmp_path/'c.pt')
+    for a, b in zip(whole.parameters(), resumed.parameters()): assert torch.equal(a, b)

@@ -473,3 +473,9 @@ def test_eight_sentences_are_known_by_heart(tmp_path):
     with torch.no_grad(): out = method.forward(model.eval(), features, batch)
     right = (out.scores.argmax(1) == batch['target']).float().mean()
     assert right >= .9 and losses[-1] < losses[0]
+
+
+def test_a_part_of_a_batch_is_padded_as_the_whole(split):
+    rows = split.epoch_rows(0, 1)
+    whole, part = split.batch(rows)['other_sentence'], split.batch(rows[3:5])['other_sentence']
+    assert torch.equal(whole[3:5], part) and whole.shape[1] == max(map(len, split.ids))

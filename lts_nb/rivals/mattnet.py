@@ -294,7 +294,7 @@ class Relation(nn.Module):
     def forward(self, look, place):  # (...,5,c_deep), (...,5,5) -> (...,5,d)
         return self.out(torch.cat([self.look(look), self.place(place)], -1))
 
-# %% ../../nbs/rivals/18_mattnet.ipynb #6797ffd3
+# %% ../../nbs/rivals/18_mattnet.ipynb #f9aab5f0
 class Tower(nn.Module):
     "Linear, normalisation, ReLU, dropout, linear, normalisation; then length 1."
     def __init__(self,
@@ -310,6 +310,7 @@ class Tower(nn.Module):
         x = self.drop(over_rows(self.norm, self.first(x)).relu())
         return F.normalize(over_rows(self.last_norm, self.last(x)), dim=-1)
 
+# %% ../../nbs/rivals/18_mattnet.ipynb #6c50d1b3
 class Matching(nn.Module):
     "F(v, q): the cosine of what is seen and what is said, each behind a tower."
     def __init__(self,
@@ -421,12 +422,13 @@ def attribute_words(
     kept = [w for w in counts if w not in names | NO_ATTRIBUTES]
     return {w: counts[w] for w in sorted(kept, key=lambda w: (-counts[w], w))[:ATTRIBUTES]}
 
-# %% ../../nbs/rivals/18_mattnet.ipynb #4e5c5971
+# %% ../../nbs/rivals/18_mattnet.ipynb #3afe5136
 class Known(NamedTuple):
     "What the targets below need to know of a split."
     labels: dict           # ann_id -> (ATTRIBUTES,) of 0 and 1
     weights: torch.Tensor  # (ATTRIBUTES,)
     rows: dict             # image_id -> {ann_id: rows of its sentences}
+    longest: int           # words of the longest sentence
 
 def known_of(
     samples,   # `Samples`
@@ -441,10 +443,10 @@ def known_of(
             label = labels.setdefault(ref.ann_id, torch.zeros(ATTRIBUTES))
             label[[index[w] for w in words if w in index]] = 1
         n = [*counts.values()] + [0]*(ATTRIBUTES - len(counts))
-        samples._known = Known(labels, class_weights(n), rows)
+        samples._known = Known(labels, class_weights(n), rows, max(map(len, samples.ids)))
     return samples._known
 
-# %% ../../nbs/rivals/18_mattnet.ipynb #b0cc68a6
+# %% ../../nbs/rivals/18_mattnet.ipynb #8c3ccd97
 def _other_object(samples, rows):
     "For each row a wrong object: (B,2), the row of the batch whose picture has it, its place."
     refs, out = [samples.rows[r][0] for r in rows], []
@@ -459,16 +461,17 @@ def _other_object(samples, rows):
     return torch.tensor(out)
 
 def _other_sentence(samples, rows):
-    "For each row a sentence about another object: (B,T) tokens, padded with 0."
-    out, referred = [], known_of(samples).rows
+    "For each row a sentence about another object: (B,T) tokens, padded to the split's longest."
+    out, known = [], known_of(samples)
     for row in rows:
         ref, rng = samples.rows[row][0], _generator(samples, row, 4)
-        of = referred[ref.image_id]
+        of = known.rows[ref.image_id]
         other = draw_other(rng, samples, ref.ann_id, [a for a in of if a != ref.ann_id])
         # no fitting one in this picture: any sentence of the split
         said = range(len(samples)) if other is None else of[other]
         out.append(said[int(rng.integers(len(said)))])
-    return pad_batch([samples.ids[r] for r in out])[0]
+    tokens = pad_batch([samples.ids[r] for r in out])[0]
+    return F.pad(tokens, (0, known.longest - tokens.shape[1]))
 
 def _attributes(samples, rows):
     "For each row the attributes of its object: (B,ATTRIBUTES)."
