@@ -65,7 +65,7 @@ with open(run + '/result.json', 'w') as f: json.dump(said, f)
     plain = [dict(run=r, method='lts', experiment='lts', dataset='d', seed=0) for r in runs]
     plan = dict(preset='toy', kit=str(KIT), python=str(folder/'python'), runs=plain, recipe=None, pretrain=None, backbone=None,
                 backbones=[str(folder/'weights')]*len(runs), threads=1, gpu=gpu, root=str(folder), out=str(folder),
-                modules=dict(methods=dict(lts=[]), backbone=[]))
+                modules=dict(methods=dict(lts=[]), backbone=[], things=[]))
     (folder/'plan.json').write_text(json.dumps(plan | further))
     return plan
 
