@@ -222,7 +222,7 @@ PRESETS = {
         pretrain=dict(images=21600, batch=12, lr=5e-3, epochs=9, decay=7, seed=0, threads=2,
                       sizes=(96, 128, 128, 128, 160, 192)),
         train=dict(lr=3e-3, epoch_refs=300),
-        head=dict(head=SMALL_HEAD, images=12000, lr=3e-3, epochs=6, decay=4, threads=2)),
+        head=dict(head=SMALL_HEAD, images=12000, lr=3e-3, epochs=6, decay=4)),
 }
 # the cpu preset on the development seed: learning rates are searched there, and nothing is graded
 PRESETS['dev'] = PRESETS['cpu'] | dict(datasets={'refcoco': 'refshapes'}, like='cpu',
