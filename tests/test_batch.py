@@ -63,10 +63,9 @@ def test_makes_runs_tables_and_report(made):
 
 
 def test_second_time_does_nothing(made):
-    before, began = finished(made.out), time.time()
+    before = finished(made.out)
     assert run(made.out, made.root).returncode == 0
     assert finished(made.out) == before
-    assert time.time() - began < 30, 'nothing to do must take seconds'
 
 
 def test_changed_row_is_rerun_alone(made, monkeypatch):
