@@ -179,7 +179,8 @@ def cut(
     size:int,      # side of the input
 )->list:           # of (box, kind, score, mask), for `pack_things`
     "A picture's candidates; the whole picture where nothing has been found, so that one remains."
-    kept = [tuple(part[k] for part in things) for k in range(enough(things[2], theta))]
+    n = enough(things[2], theta)
+    kept = list(zip(*(part[:n] for part in things)))
     whole = np.array([0, 0, size, size]), 0, 0., np.ones((size//4, size//4), bool)
     return kept or [whole]
 
@@ -258,8 +259,9 @@ def joined(
     "Tables of things below each other."
     lines = np.cumsum([0, *(len(t['boxes']) for t in tables)])
     firsts = [t['first'][:-1] + start for t, start in zip(tables, lines)]
-    out = {k: np.concatenate([t[k] for t in tables])
-           for k in ('image_id', 'boxes', 'kinds', 'scores', 'masks')}
+    out = {}
+    for name in ('image_id', 'boxes', 'kinds', 'scores', 'masks'):
+        out[name] = np.concatenate([t[name] for t in tables])
     return out | {'first': np.concatenate([*firsts, lines[-1:]])}
 
 # %% ../../nbs/training/12_candidates.ipynb #b9af9b77
@@ -464,10 +466,11 @@ class Finder:
         maps,        # F_v1, F_v2, F_v3 of P pictures
     )->Things:       # on the maps' device
         "The things of some pictures, as `find_things` and `cut` would keep them."
-        found = candidates(self.head(maps), hidden=self.head.cfg.hidden)
-        table = pack_things({p: cut(tuple(t.cpu().numpy() for t in things), self.theta, self.size)
-                             for p, things in enumerate(found)})
-        kept = KeptThings(table, self.size)(range(len(found)))
+        found = {}
+        for p, things in enumerate(candidates(self.head(maps), hidden=self.head.cfg.hidden)):
+            arrays = tuple(t.cpu().numpy() for t in things)
+            found[p] = cut(arrays, self.theta, self.size)
+        kept = KeptThings(pack_things(found), self.size)(range(len(found)))
         return Things(*(t.to(maps[0].device) for t in kept))
 
 # %% ../../nbs/training/12_candidates.ipynb #0c9a07ef

@@ -140,7 +140,7 @@ def on_pictures(
     "Does the backbone run in every step, on pictures that are kept? (Lesson 13.)"
     wanted, gpu = config.compute.pictures, torch.device(device).type == 'cuda'
     # candidate objects belong to the cache
-    if getattr(method_of(config.method), 'things', False): return False
+    if method_of(config.method).things: return False
     return wanted in ('device', 'host') or wanted == 'auto' and gpu
 
 def shared_pictures(
