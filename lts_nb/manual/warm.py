@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['READY', 'ADDRESS', 'Server', 'call', 'Warm']
 
-# %% ../../nbs/manual/11_warm.ipynb #a80412a5
+# %% ../../nbs/manual/11_warm.ipynb #56d46320
 import atexit, gc, json, os, runpy, selectors, shutil, signal, socket, subprocess, sys, tempfile
 import threading, traceback
 from importlib import import_module
 from pathlib import Path
 
-# %% ../../nbs/manual/11_warm.ipynb #22570764
+# %% ../../nbs/manual/11_warm.ipynb #e160b2fa
 # what every run imports; the order is that of the longest chain
 READY = ('papermill.cli', 'papermill.engines', 'nbclient', 'ipykernel.kernelapp', 'pandas', 'torch',
          'lts_nb.manual.batch', 'lts_nb.training.one_device')
 ADDRESS = 'LTS_WARM'  # the environment variable that tells where the server listens
 
-# %% ../../nbs/manual/11_warm.ipynb #77408910
+# %% ../../nbs/manual/11_warm.ipynb #978d39a4
 def _send(connection, told):
     "One value, as a line of JSON."
     connection.sendall(json.dumps(told).encode() + b'\n')
@@ -31,7 +31,7 @@ def _receive(connection):
         text += some
     return json.loads(text)
 
-# %% ../../nbs/manual/11_warm.ipynb #0a042668
+# %% ../../nbs/manual/11_warm.ipynb #27fe8f15
 def _become(told, files):
     "Take over a caller's input, output, folder and environment."
     # a group of its own: what it starts can be ended with it
@@ -52,7 +52,9 @@ def _run(told, files):
         _become(told, files)
         runpy.run_module(told['module'], run_name='__main__', alter_sys=True)
         status = 0
-    except SystemExit as e: status = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if isinstance(e.code, str): print(e.code, file=sys.stderr)
     except BaseException: traceback.print_exc()
     finally:
         # what Python does at its end, without the server's own calls above us
@@ -63,7 +65,7 @@ def _run(told, files):
             sys.stderr.flush()
         finally: os._exit(status)
 
-# %% ../../nbs/manual/11_warm.ipynb #860c6787
+# %% ../../nbs/manual/11_warm.ipynb #3305a66a
 class Server:
     "Imports what runs need, and forks a copy for each caller."
     def __init__(self,
@@ -94,7 +96,7 @@ class Server:
                 react, connection = event.data
                 react(connection)
 
-# %% ../../nbs/manual/11_warm.ipynb #d94cd56d
+# %% ../../nbs/manual/11_warm.ipynb #b7b45ba4
 from fastcore.basics import patch
 
 @patch
@@ -125,7 +127,7 @@ def finish(self:Server, connection):
     connection.close()
     os.close(ended)
 
-# %% ../../nbs/manual/11_warm.ipynb #e620d044
+# %% ../../nbs/manual/11_warm.ipynb #a8a2d6e8
 @patch
 def abandon(self:Server, connection):
     "A caller is gone, and what it started goes too."
@@ -140,7 +142,7 @@ def end(self:Server, _):
     for pid, _ in self.children.values(): os.killpg(pid, signal.SIGKILL)
     os._exit(0)
 
-# %% ../../nbs/manual/11_warm.ipynb #464d8405
+# %% ../../nbs/manual/11_warm.ipynb #5db9e267
 def call(
     module:str,  # that `python -m` would run
     *arguments,  # of it
@@ -164,7 +166,7 @@ def call(
     if status is None: return 1
     return status if status >= 0 else 128 - status
 
-# %% ../../nbs/manual/11_warm.ipynb #b82a94a6
+# %% ../../nbs/manual/11_warm.ipynb #b0e41be9
 class Warm:
     "A server of this process. `start` does nothing where the system cannot do it."
     def __init__(self): self.folder = self.process = None
@@ -200,7 +202,7 @@ class Warm:
         del os.environ[ADDRESS]
         self.process = None
 
-# %% ../../nbs/manual/11_warm.ipynb #88d11ac2
+# %% ../../nbs/manual/11_warm.ipynb #e0ad2030
 def _main(what, *rest):
     if what != 'serve': sys.exit(call(what, *rest))
     server = Server(rest[0])
