@@ -63,13 +63,13 @@ def test_the_forest_shows_value_interval_verdict_and_seeds():
     assert marks(top, 'o') == pytest.approx([79.5 - 81.74])
     bars = [tuple(line.get_xdata()) for line in top.lines if line.get_marker() == 'None' and np.ptp(line.get_ydata()) == 0 and np.ptp(line.get_xdata())]
     assert np.allclose(bars, [(12, 18), (-.8, .2), (77.9 - 81.74, 81.1 - 81.74), (48, 52), (-5, -1)])
-    assert [t.get_text() for t in top.texts] == ['3', '5', '3', '3', '3', 'seeds']
+    assert [t.get_text() for t in top.texts] == ['3', '5', '3', '3', '3', 'RefShapes: 2 reproduced, 1 no difference that matters, 1 inconclusive, 1 not reproduced', 'seeds']
     labels = [t.get_text() for t in top.get_yticklabels()]
     assert labels == ['Fusion helps, with Seg', 'L_loc helps', 'The prior points into the object', 'LTS beats RMI,  val', 'testA']
     band = top.patches[0].get_extents().transformed(top.transData.inverted())
     assert (band.x0, band.x1) == pytest.approx((-MARGIN, MARGIN))
     assert marks(bottom, 'D') == [20] and not any(marks(bottom, s) for s in '^vso'), 'not tested: the paper alone'
-    assert [t.get_text() for t in bottom.texts] == ['–', 'seeds']
+    assert [t.get_text() for t in bottom.texts] == ['–', 'RefShapes+: 1 not tested', 'seeds']
 
 
 def test_all_that_is_drawn_lies_within_the_axis():
