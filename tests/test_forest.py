@@ -55,6 +55,18 @@ def test_each_verdict_has_a_shape_and_a_colour_of_its_own():
     assert len(set(shapes)) == len(set(colours)) == len(VERDICTS) and 'D' not in shapes
 
 
+def contrast(colour):
+    "WCAG's contrast with white."
+    channels = [c/12.92 if c <= .04045 else ((c + .055)/1.055)**2.4 for c in matplotlib.colors.to_rgb(colour)]
+    return 1.05/(.05 + np.dot(channels, [.2126, .7152, .0722]))
+
+
+def test_every_mark_stands_out_from_the_paper():
+    assert min(contrast(colour) for _, colour in forest.MARKS.values()) >= 3, 'what WCAG asks of graphics'
+    small = [t.get_color() for t in forest.forest_plot(FEW).axes[0].texts]
+    assert min(map(contrast, small)) >= 4.5, 'what WCAG asks of small text'
+
+
 def test_the_forest_shows_value_interval_verdict_and_seeds():
     fig = forest.forest_plot(FEW)
     top, bottom = fig.axes

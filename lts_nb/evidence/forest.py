@@ -25,7 +25,7 @@ MARKS = {  # verdict → shape, colour
     'not reproduced': ('v', '#d55e00'),
     NO_DIFFERENCE:    ('s', '#009e73'),
     'inconclusive':   ('o', '#6b6b6b'),
-    'not tested':     ('x', '#9a9a9a')}
+    'not tested':     ('x', '#868686')}
 _hollow = dict(mfc='white', mec='black', color='black', ls='')
 
 def _legend(published):
@@ -113,7 +113,7 @@ def _forest_line(ax, y, line):
     if tested: ax.plot(line.effect, y, marker=shape, ms=7, color=colour, mec='white', mew=.5)
     said = str(int(line.seeds)) if tested and pd.notna(line.seeds) else '' if tested else '–'
     ax.text(1.015, y, said, transform=ax.get_yaxis_transform(), ha='left', va='center',
-            fontsize=7, color=colour)
+            fontsize=7, color='#333333')
 
 def _forest_axes(ax, lines, dataset):
     "The lines of one data set on an axis of their own."
