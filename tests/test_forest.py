@@ -81,7 +81,7 @@ def test_the_forest_shows_value_interval_verdict_and_seeds():
     band = top.patches[0].get_extents().transformed(top.transData.inverted())
     assert (band.x0, band.x1) == pytest.approx((-MARGIN, MARGIN))
     assert marks(bottom, 'D') == [20] and not any(marks(bottom, s) for s in '^vso'), 'not tested: the paper alone'
-    assert [t.get_text() for t in bottom.texts] == ['–', 'RefShapes+: 1 not tested', 'seeds']
+    assert [t.get_text() for t in bottom.texts] == ['×', 'RefShapes+: 1 not tested', 'seeds']
 
 
 def test_all_that_is_drawn_lies_within_the_axis():

@@ -111,7 +111,8 @@ def _forest_line(ax, y, line):
     if np.isfinite(line.published): ax.plot(line.published, y, marker='D', ms=4, **_hollow)
     tested = np.isfinite(line.effect)
     if tested: ax.plot(line.effect, y, marker=shape, ms=7, color=colour, mec='white', mew=.5)
-    said = str(int(line.seeds)) if tested and pd.notna(line.seeds) else '' if tested else '–'
+    said = str(int(line.seeds)) if pd.notna(line.seeds) else ''
+    if not tested: said = '×'
     ax.text(1.015, y, said, transform=ax.get_yaxis_transform(), ha='left', va='center',
             fontsize=7, color='#333333')
 
