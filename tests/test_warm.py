@@ -82,8 +82,9 @@ def test_it_ends_as_the_program_ends(warm, program, source, status, says):
 
 SLEEPS = '''import os, subprocess, sys, time
 child = subprocess.Popen(['sleep', '100'])
-print(os.getpid(), child.pid, flush=True)
-try: time.sleep(100)
+try:
+    print(os.getpid(), child.pid, flush=True)
+    time.sleep(100)
 except KeyboardInterrupt: sys.exit(5)
 '''
 

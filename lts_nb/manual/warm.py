@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['READY', 'ADDRESS', 'Server', 'call', 'Warm']
 
-# %% ../../nbs/manual/11_warm.ipynb #56d46320
+# %% ../../nbs/manual/11_warm.ipynb #6cd87528
 import atexit, gc, json, os, runpy, selectors, shutil, signal, socket, subprocess, sys, tempfile
 import threading, traceback
 from importlib import import_module
 from pathlib import Path
 
-# %% ../../nbs/manual/11_warm.ipynb #e160b2fa
+# %% ../../nbs/manual/11_warm.ipynb #73d5d903
 # what every run imports; the order is that of the longest chain
 READY = ('papermill.cli', 'papermill.engines', 'nbclient', 'ipykernel.kernelapp', 'pandas', 'torch',
          'lts_nb.manual.batch', 'lts_nb.training.one_device')
 ADDRESS = 'LTS_WARM'  # the environment variable that tells where the server listens
 
-# %% ../../nbs/manual/11_warm.ipynb #978d39a4
+# %% ../../nbs/manual/11_warm.ipynb #d1b56016
 def _send(connection, told):
     "One value, as a line of JSON."
     connection.sendall(json.dumps(told).encode() + b'\n')
@@ -31,7 +31,7 @@ def _receive(connection):
         text += some
     return json.loads(text)
 
-# %% ../../nbs/manual/11_warm.ipynb #27fe8f15
+# %% ../../nbs/manual/11_warm.ipynb #b57ffec4
 def _become(told, files):
     "Take over a caller's input, output, folder and environment."
     # a group of its own: what it starts can be ended with it
@@ -65,16 +65,13 @@ def _run(told, files):
             sys.stderr.flush()
         finally: os._exit(status)
 
-# %% ../../nbs/manual/11_warm.ipynb #3305a66a
+# %% ../../nbs/manual/11_warm.ipynb #f605e66c
 class Server:
     "Imports what runs need, and forks a copy for each caller."
     def __init__(self,
-        path, # of the socket that it listens at
+        listener:socket.socket, # where callers queue, already while it imports
     ):
-        self.listener = socket.socket(socket.AF_UNIX)
-        # callers may queue while the imports below still run
-        self.listener.bind(str(path))
-        self.listener.listen(64)
+        self.listener = listener
         self.children, self.events = {}, selectors.DefaultSelector()
         self.events.register(self.listener, selectors.EVENT_READ, (self.begin, None))
         self.events.register(0, selectors.EVENT_READ, (self.end, None))
@@ -96,7 +93,7 @@ class Server:
                 react, connection = event.data
                 react(connection)
 
-# %% ../../nbs/manual/11_warm.ipynb #b7b45ba4
+# %% ../../nbs/manual/11_warm.ipynb #2c6ab5bd
 from fastcore.basics import patch
 
 @patch
@@ -127,7 +124,7 @@ def finish(self:Server, connection):
     connection.close()
     os.close(ended)
 
-# %% ../../nbs/manual/11_warm.ipynb #a8a2d6e8
+# %% ../../nbs/manual/11_warm.ipynb #3649a0a5
 @patch
 def abandon(self:Server, connection):
     "A caller is gone, and what it started goes too."
@@ -142,7 +139,7 @@ def end(self:Server, _):
     for pid, _ in self.children.values(): os.killpg(pid, signal.SIGKILL)
     os._exit(0)
 
-# %% ../../nbs/manual/11_warm.ipynb #5db9e267
+# %% ../../nbs/manual/11_warm.ipynb #ec73cd24
 def call(
     module:str,  # that `python -m` would run
     *arguments,  # of it
@@ -166,7 +163,7 @@ def call(
     if status is None: return 1
     return status if status >= 0 else 128 - status
 
-# %% ../../nbs/manual/11_warm.ipynb #b0e41be9
+# %% ../../nbs/manual/11_warm.ipynb #41eb3b26
 class Warm:
     "A server of this process. `start` does nothing where the system cannot do it."
     def __init__(self): self.folder = self.process = None
@@ -185,10 +182,15 @@ class Warm:
         told = dict(argv=argv, display_name='Python 3 (ipykernel)', language='python')
         (kernel/'kernel.json').write_text(json.dumps(told))
         few = dict(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), PYTHONHASHSEED='0')
-        command = [sys.executable, '-m', 'lts_nb.manual.warm', 'serve', self.folder/'socket', about]
-        # a session of its own: Ctrl-C is for the callers
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | few,
-                                        start_new_session=True)
+        # it is open before anybody can call, and the server inherits it
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(self.folder/'socket'))
+            listener.listen(64)
+            serve = ['-m', 'lts_nb.manual.warm', 'serve', str(listener.fileno()), about]
+            # a session of its own: Ctrl-C is for the callers
+            self.process = subprocess.Popen(
+                [sys.executable, *serve], stdin=subprocess.PIPE, env=os.environ | few,
+                start_new_session=True, pass_fds=[listener.fileno()])
         before = os.environ.get('JUPYTER_PATH')
         os.environ[ADDRESS] = str(self.folder/'socket')
         os.environ['JUPYTER_PATH'] = os.pathsep.join(filter(None, [str(self.folder), before]))
@@ -202,10 +204,10 @@ class Warm:
         del os.environ[ADDRESS]
         self.process = None
 
-# %% ../../nbs/manual/11_warm.ipynb #e0ad2030
+# %% ../../nbs/manual/11_warm.ipynb #4aa53a41
 def _main(what, *rest):
     if what != 'serve': sys.exit(call(what, *rest))
-    server = Server(rest[0])
+    server = Server(socket.socket(fileno=int(rest[0])))
     server.warm_up()
     server.serve()
 
