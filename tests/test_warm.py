@@ -116,6 +116,19 @@ def test_the_server_and_its_copies_do_not_outlive_who_started_it(program, tmp_pa
     shutil.rmtree(os.path.dirname(address))
 
 
+def test_a_caller_that_vanishes_at_once_does_no_harm(warm, program):
+    import socket
+    for said in (b'', b'.', b'.{"module": '):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(os.environ[ADDRESS])
+            if said: connection.sendall(said)
+    whole = b'.' + json.dumps(dict(module='time', arguments=[], cwd='/', env={})).encode() + b'\n'
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(os.environ[ADDRESS])
+        connection.sendall(whole)
+    assert program('print("still here")').communicate()[0] == 'still here\n'
+
+
 def test_two_callers_do_not_wait_for_each_other(warm, program):
     first = program(SLEEPS)
     first.stdout.readline()

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['READY', 'ADDRESS', 'Server', 'call', 'Warm']
 
-# %% ../../nbs/manual/11_warm.ipynb #6cd87528
+# %% ../../nbs/manual/11_warm.ipynb #684cdf61
 import atexit, gc, json, os, runpy, selectors, shutil, signal, socket, subprocess, sys, tempfile
 import threading, traceback
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-# %% ../../nbs/manual/11_warm.ipynb #73d5d903
+# %% ../../nbs/manual/11_warm.ipynb #8cc4aad7
 # what every run imports; the order is that of the longest chain
 READY = ('papermill.cli', 'papermill.engines', 'nbclient', 'ipykernel.kernelapp', 'pandas', 'torch',
          'lts_nb.manual.batch', 'lts_nb.training.one_device')
 ADDRESS = 'LTS_WARM'  # the environment variable that tells where the server listens
 
-# %% ../../nbs/manual/11_warm.ipynb #d1b56016
+# %% ../../nbs/manual/11_warm.ipynb #16c6b52e
 def _send(connection, told):
     "One value, as a line of JSON."
     connection.sendall(json.dumps(told).encode() + b'\n')
@@ -31,7 +32,13 @@ def _receive(connection):
         text += some
     return json.loads(text)
 
-# %% ../../nbs/manual/11_warm.ipynb #b57ffec4
+# %% ../../nbs/manual/11_warm.ipynb #04de5ae7
+def _signal(pid, number):
+    "Send a signal to a copy and all that it started."
+    # it may not have a group of its own yet, and it may have ended
+    for send in (os.killpg, os.kill):
+        with suppress(ProcessLookupError): return send(pid, number)
+
 def _become(told, files):
     "Take over a caller's input, output, folder and environment."
     # a group of its own: what it starts can be ended with it
@@ -65,7 +72,7 @@ def _run(told, files):
             sys.stderr.flush()
         finally: os._exit(status)
 
-# %% ../../nbs/manual/11_warm.ipynb #f605e66c
+# %% ../../nbs/manual/11_warm.ipynb #8a48e8bc
 class Server:
     "Imports what runs need, and forks a copy for each caller."
     def __init__(self,
@@ -93,7 +100,7 @@ class Server:
                 react, connection = event.data
                 react(connection)
 
-# %% ../../nbs/manual/11_warm.ipynb #2c6ab5bd
+# %% ../../nbs/manual/11_warm.ipynb #88d50dd0
 from fastcore.basics import patch
 
 @patch
@@ -102,10 +109,13 @@ def begin(self:Server, _):
     connection, _ = self.listener.accept()
     _, files, _, _ = socket.recv_fds(connection, 1, 3)
     told = _receive(connection)
+    # it has gone before it said what it wants
+    if told is None: return connection.close()
     pid = os.fork()
     if pid == 0: _run(told, files)
     for file in files: os.close(file)
-    _send(connection, pid)
+    # a caller that has gone meanwhile is the next event
+    with suppress(OSError): _send(connection, pid)
     # a file that can be read from as soon as the process has ended
     ended = os.pidfd_open(pid)
     self.children[connection] = pid, ended
@@ -118,28 +128,27 @@ def finish(self:Server, connection):
     if connection not in self.children: return
     pid, ended = self.children.pop(connection)
     _, status = os.waitpid(pid, 0)
-    try: _send(connection, os.waitstatus_to_exitcode(status))
-    except OSError: pass  # the caller has gone at the same moment
+    with suppress(OSError): _send(connection, os.waitstatus_to_exitcode(status))
     for file in (connection, ended): self.events.unregister(file)
     connection.close()
     os.close(ended)
 
-# %% ../../nbs/manual/11_warm.ipynb #3649a0a5
+# %% ../../nbs/manual/11_warm.ipynb #901e14b4
 @patch
 def abandon(self:Server, connection):
     "A caller is gone, and what it started goes too."
     if connection not in self.children: return
     pid, _ = self.children[connection]
-    os.killpg(pid, signal.SIGKILL)
+    _signal(pid, signal.SIGKILL)
     self.finish(connection)
 
 @patch
 def end(self:Server, _):
     "Whoever started the server is gone."
-    for pid, _ in self.children.values(): os.killpg(pid, signal.SIGKILL)
+    for pid, _ in self.children.values(): _signal(pid, signal.SIGKILL)
     os._exit(0)
 
-# %% ../../nbs/manual/11_warm.ipynb #ec73cd24
+# %% ../../nbs/manual/11_warm.ipynb #8a6f53dd
 def call(
     module:str,  # that `python -m` would run
     *arguments,  # of it
@@ -154,16 +163,14 @@ def call(
                            env=dict(os.environ)))
     pid = _receive(connection)
 
-    def hand_on(number, _):
-        try: os.killpg(pid, number)
-        except ProcessLookupError: pass  # it has just ended
+    def hand_on(number, _): _signal(pid, number)
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, hand_on)
     status = _receive(connection)
     # the server died, and the copy with it
     if status is None: return 1
     return status if status >= 0 else 128 - status
 
-# %% ../../nbs/manual/11_warm.ipynb #41eb3b26
+# %% ../../nbs/manual/11_warm.ipynb #cb5411b7
 class Warm:
     "A server of this process. `start` does nothing where the system cannot do it."
     def __init__(self): self.folder = self.process = None
@@ -204,7 +211,7 @@ class Warm:
         del os.environ[ADDRESS]
         self.process = None
 
-# %% ../../nbs/manual/11_warm.ipynb #4aa53a41
+# %% ../../nbs/manual/11_warm.ipynb #5a13ed3e
 def _main(what, *rest):
     if what != 'serve': sys.exit(call(what, *rest))
     server = Server(socket.socket(fileno=int(rest[0])))
