@@ -518,11 +518,12 @@ def write_report(
     preset:str,         # smoke, cpu, gpu or paper
     cells=None,         # Cells, table numbers, or None: all tables of the paper
     failed=(),          # names of runs that failed
+    results=None,       # of `load_results`; None: the runs under DIR/runs
 )->dict:                # {'tables': {number: frame}, 'results': long frame, 'missing': [run]}
     "Write every file of a report from the runs that are there. KitError where that fails."
     DIR = Path(DIR)
     wanted = wanted_rows(preset, cells)
-    results = load_results(DIR, preset)
+    if results is None: results = load_results(DIR, preset)
     try: (DIR/'figures').mkdir(exist_ok=True)
     except OSError as e: raise disk_error(e, DIR/'figures') from e
     # the paper's tables
