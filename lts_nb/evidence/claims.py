@@ -221,7 +221,7 @@ def _reader(results):
         there = [r for r in runs.get((experiment, dataset), [])
                  if (r['folder']/f'samples-{split}.npz').exists()]
         there = sorted(there, key=lambda r: r['seed'])
-        return {r['seed']: image_totals(load_samples(r, split, experiment)) for r in there}
+        return {r['seed']: image_totals(load_samples(r, split, experiment, True)) for r in there}
     return scores
 
 def _pairs(scores, better, than, dataset, split, printed=None):

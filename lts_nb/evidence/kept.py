@@ -17,8 +17,7 @@ from ..errors import KitError, atomic_path, check_schema, write_text
 from .experiments import Cells, as_cells, base_of, preset_of
 from .figures import figure5_columns, load_examples
 from .report import write_report
-from .tables import SCHEMA, load_results, load_samples
-from ..training.config import RunConfig
+from .tables import load_results, load_samples
 from ..training.scoring import pack_examples
 
 # %% ../../nbs/evidence/11_kept.ipynb #85246627
@@ -248,7 +247,7 @@ def _write_table(path, columns, note):
         number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
         if c not in few and c not in encoding and number: encoding[c] = 'BYTE_STREAM_SPLIT'
     table = pa.table(columns)
-    how = dict(compression='zstd', compression_level=12, use_dictionary=few,
+    how = dict(compression='zstd', compression_level=19, use_dictionary=few,
                column_encoding=encoding, store_schema=False, write_statistics=False,
                write_page_checksum=True)
     with atomic_path(path) as tmp, pq.ParquetWriter(tmp, table.schema, **how) as file:
@@ -294,7 +293,9 @@ MOST_BYTES, MOST_NOTE, MOST_ROWS, MOST_COLUMNS = 2**26, 2**26, 2*10**6, 2*10**4
 _name = {'type': 'string', 'pattern': r'^[A-Za-z0-9][A-Za-z0-9+_.\-]{0,99}$'}
 _array = {'type': 'array', 'items': {'type': 'string', 'pattern': r'^[\w.\- ]{1,60}$'}}
 _run = {'type': 'object', 'required': ['result', 'arrays', 'pictures'], 'properties': {
-    'result': SCHEMA | {'properties': SCHEMA['properties'] | {'run': _name, 'dataset': _name}},
+    # `load_results` asks for the rest
+    'result': {'type': 'object', 'required': ['run', 'dataset', 'metrics'],
+               'properties': {'run': _name, 'dataset': _name}},
     'arrays': {'type': 'object', 'propertyNames': _name, 'additionalProperties': _array},
     'pictures': _array}}
 NOTE = {'type': 'object', 'required': ['format', 'preset', 'report', 'facts', 'runs'],
@@ -323,7 +324,6 @@ def _note(metadata, path):
     check_schema(note, NOTE, 'the evidence is not of this kit, or of another version', path, _again)
     names = [r['result']['run'] for r in note['runs']]
     if len(set(names)) < len(names): raise KitError('a run stands twice', path, _again)
-    for r in note['runs']: RunConfig.read(r['result'].get('config', {}), path, _again)
     return note
 
 # %% ../../nbs/evidence/11_kept.ipynb #b6228a7f
@@ -333,6 +333,7 @@ class Evidence(NamedTuple):
     note:dict       # format, preset, report, facts, runs
     table:pa.Table  # a line a sentence
     places:dict     # (data set, split) -> (first line, number of lines)
+    known:dict      # (column, place) -> its array, of the facts that were read
 
 def _check_size(metadata, path):
     "KitError where a file would unpack to more than any report of ours."
@@ -378,7 +379,7 @@ def read_evidence(
     # pyarrow has many errors for a damaged file
     except Exception as e:
         raise KitError(f'the evidence cannot be read: {str(e)[:200]}', path, _again) from e
-    return Evidence(path, note, table, _places_of(table, path))
+    return Evidence(path, note, table, _places_of(table, path), {})
 
 def _places_of(table, path):
     "{(data set, split): (first line, number of lines)}."
@@ -440,8 +441,12 @@ def run_arrays(
         if place not in evidence.places: raise ValueError('no such sentences')
         small = {}
         for name in run['arrays'][split]:
-            column = name if name in facts else f'{result["run"]} {name}'
-            small[name] = _array_of(evidence, column, place)
+            if name not in facts:
+                small[name] = _array_of(evidence, f'{result["run"]} {name}', place)
+                continue
+            if (name, place) not in evidence.known:
+                evidence.known[name, place] = _array_of(evidence, name, place)
+            small[name] = evidence.known[name, place]
         arrays = grow(small)
         _check_answers(result, split, arrays)
     except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as e:

@@ -42,12 +42,13 @@ SCHEMA = _object(('run', 'experiment', 'dataset', 'preset', 'seed', 'metrics'),
     choices=_each(_each(_each(_number))))
 
 def load_arrays(
-    path,  # .npz of a run, perhaps a stranger's
-)->dict:   # name -> array
+    path,      # .npz of a run, perhaps a stranger's
+    only=None, # names; None: all
+)->dict:       # name -> array
     """Arrays as plain data.
     Raises whatever a damaged file makes of NumPy's reader, and KitError beyond 1 GiB."""
     check_unpacked(path, 2**30)
-    with np.load(path, allow_pickle=False) as z: return {k: z[k] for k in z}
+    with np.load(path, allow_pickle=False) as z: return {k: z[k] for k in only or z}
 
 def _load(path):
     mend = f'Remove the folder {path.parent} and run lts reproduce again'
@@ -237,7 +238,7 @@ def intervals_frame(
         for experiment, of_split in finishes_of(r).items():
             for split in of_split:
                 if not (r['folder']/f'samples-{split}.npz').exists(): continue
-                totals = image_totals(load_samples(r, split, experiment))
+                totals = image_totals(load_samples(r, split, experiment, True))
                 for metric, low, high in _ends(totals, draws):
                     rows.append((experiment, r['dataset'], split, r['seed'], metric, low, high))
     columns = ['experiment', 'dataset', 'split', 'seed', 'metric', 'low', 'high']
@@ -248,13 +249,15 @@ def load_samples(
     result:dict, # from `load_results`
     split:str,   # val, testA, testB or test
     experiment:str='', # 'rmi@crf': the scores of that finish; without an @, the run's own
+    scores:bool=False, # only what the metrics are made of: the first four; reads a third as long
 )->dict:         # an entry a sentence: image_id, intersection, union, hit, whatever else was kept
     "The scores of every sentence of a run. KitError where they cannot be read."
     path, finish = result['folder']/f'samples-{split}.npz', experiment.partition('@')[2]
+    i, u = (f'{finish}_i', f'{finish}_u') if finish else ('intersection', 'union')
     try:
-        out = load_arrays(path)
-        if finish: out |= dict(intersection=out[f'{finish}_i'], union=out[f'{finish}_u'])
-        return {k: out[k] for k in ('image_id', 'intersection', 'union', 'hit')} | out
+        out = load_arrays(path, ('image_id', i, u, 'hit') if scores else None)
+        first = dict(image_id=out['image_id'], intersection=out[i], union=out[u], hit=out['hit'])
+        return first if scores else first | out | first
     except KitError: raise
     except Exception as e:
         mend = f'Remove the folder {path.parent} and run lts reproduce again'
@@ -279,13 +282,14 @@ def paper_table(
     # every number of the paper, and every row of ours that the paper does not have
     t = p.drop(columns='table').merge(r, on=['row', 'dataset', 'split'], how='outer', sort=False)
     t['metric'] = t.metric.fillna('IoU')
-    t = t.merge(_mean(results), left_on=['experiment', 'ours on', 'split', 'metric'],
+    frame = results_frame(results)
+    t = t.merge(_mean(frame), left_on=['experiment', 'ours on', 'split', 'metric'],
                 right_on=['experiment', 'on', 'split', 'metric'], how='left')
     # what stands beside a number: mean IoU, blind floor, ceiling, the size of our input
     metric = t.metric.replace('IoU', 'oIoU')
-    t['mIoU'] = _look_up(results, t.experiment, t, t.metric.map({'IoU': 'mIoU'}))
-    t['floor'] = _look_up(results, t.blind, t, metric)
-    t['ceiling'] = _look_up(results, t.experiment, t, 'ceiling ' + metric)
+    t['mIoU'] = _look_up(frame, t.experiment, t, t.metric.map({'IoU': 'mIoU'}))
+    t['floor'] = _look_up(frame, t.blind, t, metric)
+    t['ceiling'] = _look_up(frame, t.experiment, t, 'ceiling ' + metric)
     sizes = {(x['experiment'], x['dataset']): x.get('config', {}).get('data', {}).get('size')
              for x in results}
     base = [base_of(e) if isinstance(e, str) else e for e in t.experiment]
@@ -297,17 +301,17 @@ def paper_table(
     return _in_order(t, p, r)[_columns]
 
 # %% ../../nbs/evidence/03_tables.ipynb #559b0345
-def _mean(results):
+def _mean(frame):
     "Mean, standard deviation and seeds of every metric, oIoU under the paper's name for it."
-    f = results_frame(results).rename(columns={'dataset': 'on'})
+    f = frame.rename(columns={'dataset': 'on'})
     f = f.replace({'metric': {'oIoU': 'IoU'}})
     g = f.groupby(['experiment', 'on', 'split', 'metric'])['value']
     return g.agg(ours='mean', sd='std', seeds='size').reset_index()
 
-def _look_up(results, experiment, t, metric):
+def _look_up(frame, experiment, t, metric):
     "Means over seeds of `metric` of `experiment` for each line of `t`; NaN where there is none."
     keys = ['experiment', 'dataset', 'split', 'metric']
-    known = results_frame(results).groupby(keys)['value'].mean().to_dict()
+    known = frame.groupby(keys)['value'].mean().to_dict()
     return [known.get(k, np.nan) for k in zip(experiment, t['ours on'], t.split, metric)]
 
 def _merged(printed, ours):
