@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN', 'SIDE', 'FILE', 'FORMAT', 'MOST_BYTES', 'MOST_NOTE', 'MOST_ROWS', 'MOST_COLUMNS', 'NOTE', 'shrink', 'grow',
            'picture_bytes', 'picture_array', 'write_evidence', 'Evidence', 'evidence_file', 'read_evidence',
-           'run_arrays', 'unpack', 'report_from']
+           'check_answers', 'run_arrays', 'unpack', 'report_from']
 
 # %% ../../nbs/evidence/11_kept.ipynb #d5ba50cb
 import base64, hashlib, io, json, lzma, re, shutil, tempfile
@@ -412,7 +412,11 @@ def _array_of(evidence, column, place):
     if array.dtype.kind not in 'if': raise ValueError(f'{column!r} holds no numbers')
     return array.astype(np.int64) if array.dtype.kind == 'i' else array
 
-def _check_answers(result, split, arrays):
+def check_answers(
+    result:dict, # of the run
+    split:str,   # val, testA, testB or test
+    arrays:dict, # as `load_samples` reads them
+):
     "ValueError where arrays are no answers, or not those that the result tells of."
     lacking = {'image_id', 'intersection', 'union', 'hit'} - set(arrays)
     if lacking: raise ValueError(f'no {", ".join(sorted(lacking))}')
@@ -448,7 +452,7 @@ def run_arrays(
                 evidence.known[name, place] = _array_of(evidence, name, place)
             small[name] = evidence.known[name, place]
         arrays = grow(small)
-        _check_answers(result, split, arrays)
+        check_answers(result, split, arrays)
     except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as e:
         what = f'the evidence of {result["run"]} on {split} is damaged: {e}'
         raise KitError(what, evidence.path, _again) from e
@@ -481,6 +485,8 @@ def unpack(
     only=None,         # names of runs; None: all
 ):
     "Lay the runs out as `load_results`, `load_samples` and `load_examples` read them."
+    looks = evidence.note['report']['looks']
+    if looks is not None: write_text(Path(DIR)/'looks.json', json.dumps(looks))
     for run in evidence.note['runs']:
         result = run['result']
         if only is not None and result['run'] not in only: continue
@@ -499,22 +505,22 @@ def unpack(
 
 # %% ../../nbs/evidence/11_kept.ipynb #808d137c
 def report_from(
-    DIR,         # a report's folder, or its evidence
+    DIR,         # a report's folder, or its `Evidence`
     out=None,    # the new report's folder; None: the same
     cells=None,  # Cells, table numbers, or None: what the report was asked for
 )->dict:         # as of `write_report`
     "Recompute a report from its evidence: every interval, table, figure and page."
-    evidence = read_evidence(DIR)
+    evidence = DIR if isinstance(DIR, Evidence) else read_evidence(DIR)
     out = Path(out or evidence.path.parent)
     preset, said = evidence.note['preset'], evidence.note['report']
     out.mkdir(parents=True, exist_ok=True)
-    if said['looks'] is not None: write_text(out/'looks.json', json.dumps(said['looks']))
     # what the user has written stands beside the evidence
     for name in (FILE, 'notes.md'):
         there = evidence.path.parent/name if name != FILE else evidence.path
         if there.exists() and not (out/name).exists(): shutil.copyfile(there, out/name)
     with tempfile.TemporaryDirectory() as tmp:
         unpack(evidence, tmp)
+        if (looks := Path(tmp)/'looks.json').exists(): shutil.copyfile(looks, out/looks.name)
         results = load_results(tmp, preset)
         asked = Cells(**said['wanted']) if cells is None else cells
         return write_report(out, preset, asked, said['failed'], results)

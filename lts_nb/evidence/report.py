@@ -596,6 +596,16 @@ def _backbone_notes(results):
             '(models/cpu), as the paper took a published one; '
             'lts reproduce --pretrain makes it anew.']
 
+def _code_notes(results):
+    "What whoever merged runs of other code said for it."
+    said = {}
+    for r in results:
+        for a in r.get('code', {}).get('accepted', []):
+            said.setdefault((a['why'], ', '.join(a['modules'])), []).append(r['run'])
+    return [f'{len(runs)} of {len(results)} runs were made with other code ({modules}). It was '
+            f'said that this cannot change a number: “{why}”.'
+            for (why, modules), runs in said.items()]
+
 def _about(results, dataset):
     "What the report is made of, in two or three sentences."
     runs = f'{len(results)} run{"s"*(len(results) != 1)}'
@@ -619,6 +629,7 @@ def _detector_notes(results):
 def _write_page(DIR, preset, results, frame, frames, runs, missing, failed, evidence):
     "Render `index.html`."
     notes = _backbone_notes(results) + _part_notes(results) + _detector_notes(results)
+    notes += _code_notes(results)
     notes += [f'This run failed: {r} (see runs/{r}/train.ipynb).' for r in failed]
     if missing: notes.append(f'Not run yet: {", ".join(missing)}.')
     about = _about(results, preset_of(preset)['datasets']['refcoco'])
