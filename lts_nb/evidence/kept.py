@@ -394,7 +394,9 @@ def _places_of(table, path):
         places[place] = first, n + 1
     return places
 
-# %% ../../nbs/evidence/11_kept.ipynb #fd0e1ecb
+# %% ../../nbs/evidence/11_kept.ipynb #8b652049
+_whole, _halves = ('image_id', 'intersection', 'union', 'hit'), ('_i', '_u')
+
 def _array_of(evidence, column, place):
     "A column's part as an array. ValueError where that is no such array."
     first, n = evidence.places[place]
@@ -418,8 +420,10 @@ def check_answers(
     arrays:dict, # as `load_samples` reads them
 ):
     "ValueError where arrays are no answers, or not those that the result tells of."
-    lacking = {'image_id', 'intersection', 'union', 'hit'} - set(arrays)
+    lacking = set(_whole) - set(arrays)
     if lacking: raise ValueError(f'no {", ".join(sorted(lacking))}')
+    if any(a.dtype.kind not in 'iu' for k, a in arrays.items() if k in _whole or k[-2:] in _halves):
+        raise ValueError('scores that are no whole numbers')
     told = {'': result['metrics'].get(split)}
     told |= {f: m[split] for f, m in result.get('finishes', {}).items() if split in m}
     for finish, metrics in told.items():
