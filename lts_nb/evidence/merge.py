@@ -47,6 +47,7 @@ def _departs(theirs, ours):
     differ = [k for k in sorted({*a, *b}) if a.get(k, ...) != b.get(k, ...)]
     return ', '.join(f'{k} is {a.get(k)} and not {b.get(k)}' for k in differ)[:400]
 
+# %% ../../nbs/evidence/12_merge.ipynb #6a96ae05
 def config_of(
     result:dict,  # from `load_results`
     preset:str,   # of the report
@@ -85,6 +86,13 @@ def other_numbers(
         if unlike: return f'{split}: {unlike} of {len(a["union"])} sentences'
     return ''
 
+def _check_same(here, there, source):
+    "KitError where a run that is there already has other numbers."
+    if unlike := other_numbers(here, there):
+        raise KitError(f'{there["run"]} has other numbers here than there ({unlike})', source,
+                       f'One of them is wrong: remove {here["folder"]} to take the other, or '
+                       'leave that report out')
+
 # %% ../../nbs/evidence/12_merge.ipynb #bb5eabf4
 class _Report:
     "What a report's runs agree on, as far as there are any."
@@ -119,30 +127,36 @@ def _wrong_sentences(report, r):
             return f'its sentences on {split} are not those of the other runs'
     return ''
 
-def _refused(report, r, source):
-    "KitError where a run does not fit into a report; else the modules that its maker had otherwise."
-    run, preset = r['run'], report.preset
-    def no(what, mend): raise KitError(f'{run} cannot be added: {what}', source, mend)
+def _made_from(report, r):
+    "(what, mend) where a run was made from other data or another backbone; else None."
+    here, there = report.prints.get(r['dataset']), r.get('fingerprint')
+    if here not in (None, there):
+        return (f'its data differ: {r["dataset"]} has the fingerprint {there} there and {here} '
+                'here', 'Only runs on the same data can be compared: leave it out')
+    weights = (r.get('backbone') or {}).get('md5')
+    if report.backbone not in (None, weights):
+        return (f'it stands on another backbone (MD5 {weights}, here {report.backbone})',
+                'A backbone that was made with --pretrain must be shared by all machines')
+
+# %% ../../nbs/evidence/12_merge.ipynb #ba81f275
+def _checked(report, r, source):
+    "{module: its hash here} of those that a run's maker had otherwise; KitError for other misfits."
+    preset = report.preset
+    def no(what, mend): raise KitError(f'{r["run"]} cannot be added: {what}', source, mend)
     same = 'Bring both machines to the same version of the kit, or leave it out'
     if r['preset'] != preset:
         no(f'it is of the preset {r["preset"]}, and this report of {preset}',
            f'Give --preset {r["preset"]}, with an --out of its own')
     config, departs = config_of(r, preset)
     if departs: no(f'its configuration differs: {departs}', same)
-    print_ = report.prints.get(r['dataset'], r.get('fingerprint'))
-    if r.get('fingerprint') != print_:
-        no(f'its data differ: {r["dataset"]} has the fingerprint {r.get("fingerprint")} there '
-           f'and {print_} here', 'Only runs on the same data can be compared: leave it out')
-    weights = (r.get('backbone') or {}).get('md5')
-    if report.backbone and weights != report.backbone:
-        no(f'it stands on another backbone (MD5 {weights}, here {report.backbone})',
-           'A backbone that was made with --pretrain must be shared by all machines')
+    if differs := _made_from(report, r): no(*differs)
     if wrong := _wrong_sentences(report, r): no(wrong, 'It is damaged: get it again')
     edited = other_code(r, report.code_of(config))
     if edited and not report.despite:
-        no(f'it was made with other code: {", ".join(edited)} (commit '
-           f'{r.get("code", {}).get("commit")})', same + '; or, if you know that this cannot '
-           "change a number, say why: --despite-code 'only a comment was edited'")
+        commit = r.get('code', {}).get('commit')
+        no(f'it was made with other code: {", ".join(edited)} (commit {commit})',
+           same + '; or, if you know that this cannot change a number, say why: --despite-code '
+           "'only a comment was edited'")
     return {m: report.code_of(config)[m] for m in edited}
 
 # %% ../../nbs/evidence/12_merge.ipynb #736c0aab
@@ -162,6 +176,7 @@ def _emptied(folder):
         elif f.name != '.lock': f.unlink()
     return lock
 
+# %% ../../nbs/evidence/12_merge.ipynb #f60374d2
 def _land(r, out, edited, despite, source):
     "A run's files in its folder, `result.json` last: from then on the run is done."
     folder = out/'runs'/r['run']
@@ -189,6 +204,7 @@ def _looks_of(folder):
     except (OSError, ValueError, RecursionError) as e:
         raise KitError(f'the looks cannot be read: {e}', file, 'Remove that file') from e
 
+# %% ../../nbs/evidence/12_merge.ipynb #7f88cbfb
 def merge_runs(
     sources,      # folders of reports, or files of evidence
     out,          # the report's folder, which no other command works in
@@ -205,16 +221,13 @@ def merge_runs(
             folder = stack.enter_context(opened_report(source))
             looks = looks or _looks_of(folder)
             for r in load_results(folder):
-                if there := report.runs.get(r['run']):
-                    if unlike := other_numbers(there, r):
-                        what = f'{r["run"]} has other numbers here than there ({unlike})'
-                        mend = (f'One of them is wrong: remove {there["folder"]} to take the '
-                                'other, or leave that report out')
-                        raise KitError(what, source, mend)
+                if r['run'] in report.runs:
+                    _check_same(report.runs[r['run']], r, source)
                     same.append(r['run'])
-                    continue
-                added[r['run']] = r, _refused(report, r, source), source
-                report.take(r)
+                else:
+                    added[r['run']] = r, _checked(report, r, source), source
+                    report.take(r)
+        # all fit
         for r, edited, source in added.values(): _land(r, out, edited, report.despite, source)
     # seeds that were chosen look by look must be judged by looks
     if looks and not (out/'looks.json').exists(): write_text(out/'looks.json', looks)
