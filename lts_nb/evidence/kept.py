@@ -456,9 +456,9 @@ def check_answers(
         if not abs(iou - said) < 1e-6:
             raise ValueError(f'an overall IoU of {iou:.2f}, and the result says {said:.2f}')
 
-# %% ../../nbs/evidence/11_kept.ipynb #e222395c
+# %% ../../nbs/evidence/11_kept.ipynb #2887d807
 def run_arrays(
-    evidence:Evidence,
+    evidence:Evidence, # from `read_evidence`
     run:dict,   # an entry of its note's runs
     split:str,  # val, testA, testB or test
 )->dict:        # as `load_samples` reads them

@@ -587,15 +587,7 @@ def _part_notes(results):
     return [f'Not the published splits: {", ".join(said)} sentences. '
             "No number here can be held against the paper's."]
 
-# %% ../../nbs/evidence/08_report.ipynb #2d6c0c92
-def _backbone_notes(results):
-    "Whose backbone the runs stand on, where it is the one that the kit ships."
-    shipped = [r for r in results if (r.get('backbone') or {}).get('weights') == 'shipped']
-    if not shipped: return []
-    return [f'{len(shipped)} of {len(results)} runs stand on the backbone that the kit ships '
-            '(models/cpu), as the paper took a published one; '
-            'lts reproduce --pretrain makes it anew.']
-
+# %% ../../nbs/evidence/08_report.ipynb #b6f3cb9a
 def _code_notes(results):
     "What whoever merged runs of other code said for it."
     said = {}
@@ -605,6 +597,15 @@ def _code_notes(results):
     return [f'{len(runs)} of {len(results)} runs were made with other code ({modules}). It was '
             f'said that this cannot change a number: “{why}”.'
             for (why, modules), runs in said.items()]
+
+# %% ../../nbs/evidence/08_report.ipynb #2d6c0c92
+def _backbone_notes(results):
+    "Whose backbone the runs stand on, where it is the one that the kit ships."
+    shipped = [r for r in results if (r.get('backbone') or {}).get('weights') == 'shipped']
+    if not shipped: return []
+    return [f'{len(shipped)} of {len(results)} runs stand on the backbone that the kit ships '
+            '(models/cpu), as the paper took a published one; '
+            'lts reproduce --pretrain makes it anew.']
 
 def _about(results, dataset):
     "What the report is made of, in two or three sentences."
