@@ -598,15 +598,6 @@ def _code_notes(results):
             f'said that this cannot change a number: “{why}”.'
             for (why, modules), runs in said.items()]
 
-# %% ../../nbs/evidence/08_report.ipynb #2d6c0c92
-def _backbone_notes(results):
-    "Whose backbone the runs stand on, where it is the one that the kit ships."
-    shipped = [r for r in results if (r.get('backbone') or {}).get('weights') == 'shipped']
-    if not shipped: return []
-    return [f'{len(shipped)} of {len(results)} runs stand on the backbone that the kit ships '
-            '(models/cpu), as the paper took a published one; '
-            'lts reproduce --pretrain makes it anew.']
-
 def _about(results, dataset):
     "What the report is made of, in two or three sentences."
     runs = f'{len(results)} run{"s"*(len(results) != 1)}'
@@ -616,6 +607,15 @@ def _about(results, dataset):
     if not dataset.startswith('refshapes'): stand_in = ''
     return (f'{runs} on {datasets}, seeds {seeds}. {stand_in}'
             'The paper: Jing et al., Locate then Segment, CVPR 2021.')
+
+# %% ../../nbs/evidence/08_report.ipynb #2d6c0c92
+def _backbone_notes(results):
+    "Whose backbone the runs stand on, where it is the one that the kit ships."
+    shipped = [r for r in results if (r.get('backbone') or {}).get('weights') == 'shipped']
+    if not shipped: return []
+    return [f'{len(shipped)} of {len(results)} runs stand on the backbone that the kit ships '
+            '(models/cpu), as the paper took a published one; '
+            'lts reproduce --pretrain makes it anew.']
 
 def _detector_notes(results):
     "A sentence for each file of detections that a run has chosen among."
