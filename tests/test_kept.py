@@ -488,6 +488,12 @@ def test_lts_report_from_and_merge(small, tmp_path, monkeypatch, capsys):
     assert {k: v for k, v in files(tmp_path/'b').items() if k != '.lock'} == first
 
 
+def test_a_report_with_runs_of_its_own_is_not_overwritten(small, other):
+    before = files(other)
+    with pytest.raises(KitError, match='runs of its own.*--merge'): kept.report_from(small, other)
+    assert files(other) == before
+
+
 @pytest.mark.parametrize('args, said', [
     (['--from', 'a', '--merge', 'b'], 'Leave one of them out'), (['--despite-code', 'x'], 'with --merge'), (['--merge', 'a', '--despite-code', ' '], 'a reason'),
     (['--from', 'nowhere'], 'there is no evidence')])

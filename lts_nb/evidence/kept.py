@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, PIL.Image
 import pyarrow as pa, pyarrow.parquet as pq
-from ..errors import KitError, atomic_path, check_schema, write_text
+from ..errors import KitError, atomic_path, check_schema, disk_error, write_text
 from .experiments import Cells, as_cells, base_of, preset_of
 from .figures import figure5_columns, load_examples
 from .report import write_report
@@ -310,13 +310,15 @@ _run = {'type': 'object', 'required': ['result', 'arrays', 'pictures'], 'propert
                'properties': {'run': _name, 'dataset': _name}},
     'arrays': {'type': 'object', 'propertyNames': _name, 'additionalProperties': _array},
     'pictures': _array}}
+_wanted = {'type': 'object', 'additionalProperties': False, 'properties': {
+    'tables': _array, 'methods': _array, 'all_cells': {'type': 'boolean'}}}
 NOTE = {'type': 'object', 'required': ['format', 'preset', 'report', 'facts', 'runs'],
         'properties': {
             'format': {'const': FORMAT}, 'preset': _name, 'facts': _array,
             'runs': {'type': 'array', 'items': _run},
             'report': {'type': 'object', 'required': ['wanted', 'failed', 'looks'], 'properties': {
                 'failed': {'type': 'array', 'items': _name},
-                'looks': {'type': ['object', 'null']}, 'wanted': {'type': 'object'}}}}}
+                'looks': {'type': ['object', 'null']}, 'wanted': _wanted}}}}
 _again = 'Get the file again; or make it: lts report writes it from the runs'
 
 # %% ../../nbs/evidence/11_kept.ipynb #1b1d92d7
@@ -537,15 +539,22 @@ def report_from(
     "Recompute a report from its evidence: every interval, table, figure and page."
     evidence = DIR if isinstance(DIR, Evidence) else read_evidence(DIR)
     out = Path(out or evidence.path.parent)
+    if (out/'runs').is_dir() and out.resolve() != evidence.path.parent.resolve():
+        raise KitError('this report has runs of its own', out,
+                       'Choose another --out; or add the runs to it: --merge in place of --from')
     preset, said = evidence.note['preset'], evidence.note['report']
-    out.mkdir(parents=True, exist_ok=True)
-    # what the user has written stands beside the evidence
-    for name in (FILE, 'notes.md'):
-        there = evidence.path.parent/name if name != FILE else evidence.path
-        if there.exists() and not (out/name).exists(): shutil.copyfile(there, out/name)
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise disk_error(e, out) from e
+    # beside the evidence stands what the user has written
+    for file in (evidence.path, evidence.path.parent/'notes.md'):
+        name = FILE if file == evidence.path else file.name
+        if not file.exists() or (out/name).resolve() == file.resolve(): continue
+        shutil.copyfile(file, out/name)
     with tempfile.TemporaryDirectory() as tmp:
         unpack(evidence, tmp)
-        if (looks := Path(tmp)/'looks.json').exists(): shutil.copyfile(looks, out/looks.name)
+        looks = Path(tmp)/'looks.json'
+        if looks.exists(): shutil.copyfile(looks, out/looks.name)
+        else: (out/'looks.json').unlink(missing_ok=True)
         results = load_results(tmp, preset)
         asked = Cells(**said['wanted']) if cells is None else cells
         return write_report(out, preset, asked, said['failed'], results)
