@@ -33,16 +33,16 @@ def facts(dataset, split):
                 area=(rng.random(N)/5).astype(np.float32), same=rng.integers(1, 5, N), truth_n=rng.integers(50, 200, N)), np.where(rng.random(N) < .9, rng.integers(40, 90, N), 0), rng
 
 
-def pictures(dataset, split, run):
-    "Three examples, the pictures the same for all runs."
-    f, _, shared = facts(dataset, split)
-    own = np.random.default_rng([ord(c) for c in run])
-    out = dict(sent_id=f['sent_id'][[40, 3, 21]], expression=f['sentence'][[40, 3, 21]])
-    for k in range(3):
-        out[f'image_{k}'] = shared.integers(0, 255, (20 + k, 30, 3)).astype(np.uint8)
-        out[f'truth_{k}'] = shared.random((20 + k, 30)) > .5
-        out[f'prediction_{k}'] = own.random((20 + k, 30)) > .5
-        out[f'prior_{k}'] = own.random((20 + k, 30)).astype(np.float16)
+def pictures(dataset, split, run, rows):
+    "Examples of some sentences; a sentence's picture is the same for all runs."
+    f, _, _ = facts(dataset, split)
+    out = dict(sent_id=f['sent_id'][rows], expression=f['sentence'][rows])
+    for k, row in enumerate(rows):
+        shared, own = np.random.default_rng(row), np.random.default_rng([row, *(ord(c) for c in run)])
+        out[f'image_{k}'] = shared.integers(0, 255, (20 + row, 30, 3)).astype(np.uint8)
+        out[f'truth_{k}'] = shared.random((20 + row, 30)) > .5
+        out[f'prediction_{k}'] = own.random((20 + row, 30)) > .5
+        out[f'prior_{k}'] = own.random((20 + row, 30)).astype(np.float16)
     return out
 
 
@@ -69,10 +69,10 @@ def make_run(out, config, salt=''):
         result['thresholds'][split] = {'0.25': 40., '0.35': 41., '0.5': 30.}
         for f in config.finishes[1:]: result['finishes'][f][split] = finish_metrics(scores, f)
     if 'val' in config.splits:
-        shown = pictures(config.dataset, 'val', config.run)
+        shown = pictures(config.dataset, 'val', config.run, [40, 3, 21])
         others = {f'prediction@{f}_{k}': shown[f'prediction_{k}'][::-1] for f in config.finishes[1:] for k in range(3)}
         np.savez(folder/'examples.npz', **shown, **others)
-        np.savez(folder/'worst.npz', **shown)
+        np.savez(folder/'worst.npz', **pictures(config.dataset, 'val', config.run, [50, 3, 9]))
     (folder/'result.json').write_text(json.dumps(result, indent=1, sort_keys=True))
 
 
@@ -472,6 +472,7 @@ def test_a_merged_run_that_has_become_stale_is_made_anew(other, tmp_path):
 
 def run_cli(monkeypatch, capsys, *args):
     monkeypatch.setattr('sys.argv', ['lts', *map(str, args)])
+    monkeypatch.setattr(report, 'BROWSERS', ())
     try: cli.main()
     except SystemExit as e:
         if e.code: raise

@@ -502,7 +502,8 @@ def _examples_of(evidence, run, kind):
         found.append(e)
         for name in run['pictures']:
             finish = name.removesuffix(' mask')
-            if finish != name: others[finish, ids[k]] = picture_array(own[name][k])
+            if finish == name or own[name][k] is None: continue
+            others[finish, ids[k]] = picture_array(own[name][k])
     return found, others if kind == 'example' else {}
 
 # %% ../../nbs/evidence/11_kept.ipynb #40143fe8
