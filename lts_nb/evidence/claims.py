@@ -16,8 +16,8 @@ from .experiments import ROWS, preset_of
 from .looks import (ALPHA, IMAGES, LOOKS, critical_t, holm, look_interval, looks_of,
                                    p_of)
 from .paper import published
-from .tables import (Totals, bootstrap_interval, finishes_of, image_totals,
-                                    load_samples, results_frame)
+from .tables import (Totals, drawn_times, finishes_of, image_totals,
+                                    load_samples, middle_of, results_frame)
 
 # %% ../../nbs/evidence/06_claims.ipynb #26374a80
 @dataclass(frozen=True)
@@ -171,16 +171,12 @@ def image_interval(
     ones, others = zip(*pairs)
     given = np.isscalar(others[0])
     parts = _fraction(ones if given else ones + others, metric)
-    def means(rows):
-        drawn = rows.reshape(-1, images)
-        # an image counts as often as it was drawn
-        times = np.stack([np.bincount(r, minlength=images) for r in drawn])
-        above, below = np.split(times.astype(float) @ parts, 2, 1)
-        values = 100*above/below
-        each = values[:, :seeds] - (np.array(others) if given else values[:, seeds:])
-        out = [each[:, :n].mean(1) for n in at or [seeds]]
-        return np.stack(out, -1).reshape(*rows.shape[:-1], len(out))
-    low, high = bootstrap_interval(means, images, draws, level=level)
+    # an image counts as often as it was drawn
+    above, below = np.split(drawn_times(images, draws) @ parts, 2, 1)
+    values = 100*above/below
+    each = values[:, :seeds] - (np.array(others) if given else values[:, seeds:])
+    means = [each[:, :n].mean(1) for n in at or [seeds]]
+    low, high = middle_of(np.stack(means, 1), level)
     return (low, high) if at else (float(low[0]), float(high[0]))
 
 # %% ../../nbs/evidence/06_claims.ipynb #3cf52574
@@ -225,7 +221,7 @@ def _reader(results):
         there = [r for r in runs.get((experiment, dataset), [])
                  if (r['folder']/f'samples-{split}.npz').exists()]
         there = sorted(there, key=lambda r: r['seed'])
-        return {r['seed']: image_totals(load_samples(r, split, experiment)) for r in there}
+        return {r['seed']: image_totals(load_samples(r, split, experiment, True)) for r in there}
     return scores
 
 def _pairs(scores, better, than, dataset, split, printed=None):

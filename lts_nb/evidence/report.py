@@ -518,11 +518,12 @@ def write_report(
     preset:str,         # smoke, cpu, gpu or paper
     cells=None,         # Cells, table numbers, or None: all tables of the paper
     failed=(),          # names of runs that failed
+    results=None,       # of `load_results`; None: the runs under DIR/runs
 )->dict:                # {'tables': {number: frame}, 'results': long frame, 'missing': [run]}
     "Write every file of a report from the runs that are there. KitError where that fails."
     DIR = Path(DIR)
     wanted = wanted_rows(preset, cells)
-    results = load_results(DIR, preset)
+    if results is None: results = load_results(DIR, preset)
     try: (DIR/'figures').mkdir(exist_ok=True)
     except OSError as e: raise disk_error(e, DIR/'figures') from e
     # the paper's tables
@@ -586,14 +587,16 @@ def _part_notes(results):
     return [f'Not the published splits: {", ".join(said)} sentences. '
             "No number here can be held against the paper's."]
 
-# %% ../../nbs/evidence/08_report.ipynb #2d6c0c92
-def _backbone_notes(results):
-    "Whose backbone the runs stand on, where it is the one that the kit ships."
-    shipped = [r for r in results if (r.get('backbone') or {}).get('weights') == 'shipped']
-    if not shipped: return []
-    return [f'{len(shipped)} of {len(results)} runs stand on the backbone that the kit ships '
-            '(models/cpu), as the paper took a published one; '
-            'lts reproduce --pretrain makes it anew.']
+# %% ../../nbs/evidence/08_report.ipynb #b6f3cb9a
+def _code_notes(results):
+    "What whoever merged runs of other code said for it."
+    said = {}
+    for r in results:
+        for a in r.get('code', {}).get('accepted', []):
+            said.setdefault((a['why'], ', '.join(a['modules'])), []).append(r['run'])
+    return [f'{len(runs)} of {len(results)} runs were made with other code ({modules}). It was '
+            f'said that this cannot change a number: “{why}”.'
+            for (why, modules), runs in said.items()]
 
 def _about(results, dataset):
     "What the report is made of, in two or three sentences."
@@ -604,6 +607,15 @@ def _about(results, dataset):
     if not dataset.startswith('refshapes'): stand_in = ''
     return (f'{runs} on {datasets}, seeds {seeds}. {stand_in}'
             'The paper: Jing et al., Locate then Segment, CVPR 2021.')
+
+# %% ../../nbs/evidence/08_report.ipynb #2d6c0c92
+def _backbone_notes(results):
+    "Whose backbone the runs stand on, where it is the one that the kit ships."
+    shipped = [r for r in results if (r.get('backbone') or {}).get('weights') == 'shipped']
+    if not shipped: return []
+    return [f'{len(shipped)} of {len(results)} runs stand on the backbone that the kit ships '
+            '(models/cpu), as the paper took a published one; '
+            'lts reproduce --pretrain makes it anew.']
 
 def _detector_notes(results):
     "A sentence for each file of detections that a run has chosen among."
@@ -618,6 +630,7 @@ def _detector_notes(results):
 def _write_page(DIR, preset, results, frame, frames, runs, missing, failed, evidence):
     "Render `index.html`."
     notes = _backbone_notes(results) + _part_notes(results) + _detector_notes(results)
+    notes += _code_notes(results)
     notes += [f'This run failed: {r} (see runs/{r}/train.ipynb).' for r in failed]
     if missing: notes.append(f'Not run yet: {", ".join(missing)}.')
     about = _about(results, preset_of(preset)['datasets']['refcoco'])

@@ -6,7 +6,8 @@
 __all__ = ['KIT', 'default_out', 'default_root', 'committed', 'make_plan', 'things_step', 'run_state', 'known_of_runs',
            'known_seconds', 'run_seconds', 'at_a_time', 'plan', 'time_left', 'things_stamp', 'describe_plan',
            'describe_run', 'missing_inputs', 'open_folder', 'Place', 'TimeIsUp', 'seconds_left', 'failure_of',
-           'release_features', 'check_inputs', 'Brought', 'bring_up', 'reproduce', 'make_report', 'say_where']
+           'release_features', 'check_inputs', 'Brought', 'settle_merged', 'bring_up', 'reproduce', 'make_report',
+           'say_where']
 
 # %% ../../nbs/manual/03_batch.ipynb #cf6fe094
 import json, os, re, shutil, signal, subprocess, sys, time
@@ -18,8 +19,9 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from ..errors import KitError, disk_error, unknown_name, write_text
 from ..training.fit import config_hash, terminate_as_interrupt
-from ..evidence.experiments import EXTRA, as_cells, run_config
+from ..evidence.experiments import EXTRA, Cells, as_cells, run_config
 from ..training.config import describe_config
+from ..evidence.tables import MERGED
 from ..evidence.experiments import method_hashes, module_closure, module_hashes, preset_of, run_modules, runs_for
 from .throughput import estimate, known_rates
 from ..training.opening import ensure_data, shared_backbone
@@ -110,7 +112,10 @@ def run_state(
         return ('failed', 'see its notebook') if config.run in failed else ('missing', '')
     changed = [k for k in plain if result['config'].get(k) != plain[k]]
     if changed: return 'stale', f'its {", ".join(changed)} changed'
-    edited = [m for m, h in modules.items() if result['code']['modules'].get(m) != h]
+    code = result['code']
+    # whoever merged a run may have said that another module's change cannot matter
+    made_by = [code['modules'], *(a['modules'] for a in code.get('accepted', []))]
+    edited = [m for m, h in modules.items() if all(of.get(m) != h for of in made_by)]
     return ('stale', f'edited: {", ".join(edited)}') if edited else ('done', '')
 
 # %% ../../nbs/manual/03_batch.ipynb #2d1b3cbd
@@ -495,6 +500,19 @@ class Brought(NamedTuple):
     shared: Optional[Path] # the log of a step for all runs that failed
     late: bool          # the time was up before all runs were done
 
+# %% ../../nbs/manual/03_batch.ipynb #383a2c2c
+def settle_merged(
+    runs:list,   # configurations
+    out:Path,    # the report's folder, its lock held
+)->list:         # names of runs that Snakemake need not look at
+    "The runs that came from another report and are done; those that are stale are removed."
+    came = [r for r in runs if (out/'runs'/r.run/MERGED).exists()]
+    hashes = method_hashes(came)
+    states = {r.run: run_state(r, out, hashes[r.method])[0] for r in came}
+    for run, state in states.items():
+        if state != 'done': shutil.rmtree(out/'runs'/run)
+    return [run for run, state in states.items() if state == 'done']
+
 # %% ../../nbs/manual/03_batch.ipynb #7760920c
 def bring_up(
     runs:list,           # configurations
@@ -507,7 +525,8 @@ def bring_up(
     until:float=None,    # when to stop at the latest, as time.time() counts
 )->Brought:
     "Bring runs up to date, and say which failed. Ctrl-C loses nothing."
-    the_plan = make_plan(runs, wanted, seeds, out, root) | place.plan
+    settled = settle_merged(runs, out)
+    the_plan = make_plan(runs, wanted, seeds, out, root) | place.plan | dict(settled=settled)
     write_text(out/'plan.json', json.dumps(the_plan, indent=1, sort_keys=True))
     cores = cores or place.cores or os.cpu_count() or 1
     try: _snakemake(out, the_plan, runs, cores, place, until)
@@ -549,7 +568,7 @@ def _report_key(plan, out):
     "What decides a report: its results, its code, its plan."
     results = {r['run']: (out/'runs'/r['run']/'result.json').stat().st_mtime_ns
                for r in plan['runs'] if (out/'runs'/r['run']/'result.json').exists()}
-    return json.loads(json.dumps(dict(results=results, modules=module_hashes('evidence.report'),
+    return json.loads(json.dumps(dict(results=results, modules=module_hashes('evidence.kept'),
                                       wanted=plan['wanted'], seeds=plan['seeds'],
                                       looks=(out/'looks.json').exists())))
 
@@ -560,6 +579,7 @@ def make_report(
 )->str:              # a sentence about the PDF, '' where nothing had changed
     """Make the report by its notebook, where anything that it shows has changed.
     KitError where that fails."""
+    from lts_nb.evidence.kept import write_evidence
     from lts_nb.evidence.report import print_pdf
     out, stamp = Path(out), Path(out)/'report.json'
     key = _report_key(plan, out)
@@ -575,6 +595,8 @@ def make_report(
         why = _last_error(out/'report.ipynb', out/'report.log')
         raise KitError(f'the report could not be made ({why}); the runs are kept',
                        out/'report.ipynb', 'Read that notebook, then run the same command again')
+    try: write_evidence(out, plan['preset'], Cells(**plan['wanted']), failed)
+    except KitError as e: print(f'The evidence was not kept: {e}', flush=True)
     write_text(stamp, json.dumps(key))
     try: return print_pdf(out)
     except KitError as e: return str(e)

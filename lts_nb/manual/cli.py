@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Preset', 'Tables', 'Methods', 'AllCells', 'Seeds', 'Cores', 'Out', 'Root', 'Pretrain', 'Data',
-           'By', 'Measure', 'Show', 'Devices', 'UpTo', 'Profile', 'UntilDecided', 'MaxSeeds', 'Hours', 'RunFolder',
-           'reproduce', 'plan', 'report', 'compare', 'beyond', 'data_make', 'data_fetch', 'data_leakage', 'data_check',
-           'evaluate', 'score', 'predict', 'export', 'main']
+           'By', 'Measure', 'Show', 'Devices', 'UpTo', 'Profile', 'UntilDecided', 'MaxSeeds', 'Hours', 'From', 'Merge',
+           'DespiteCode', 'RunFolder', 'reproduce', 'plan', 'report', 'compare', 'beyond', 'data_make', 'data_fetch',
+           'data_leakage', 'data_check', 'evaluate', 'score', 'predict', 'export', 'main']
 
 # %% ../../nbs/manual/09_cli.ipynb #aa1ea313
 import errno, json, os, sys
@@ -125,20 +125,69 @@ def plan(preset:Preset='cpu', table:Tables=None, method:Methods=None, all_cells:
         typer.echo(plan_devices(preset, gpus, wanted, seeds, out, root, pretrain))
 
 # %% ../../nbs/manual/09_cli.ipynb #044d5b60
+From = Annotated[Optional[Path], typer.Option(
+    '--from', metavar='DIR', help="Recompute this folder's report from its evidence.parquet: no "
+                                  "runs are needed. Written there, or to --out.")]
+Merge = Annotated[Optional[list[Path]], typer.Option(
+    metavar='DIR', help='First add the runs of another report: its folder, or its '
+                        'evidence.parquet; may be given several times.')]
+DespiteCode = Annotated[Optional[str], typer.Option(
+    metavar='WHY', help='With --merge: add runs of other code too. Say why it cannot change a '
+                        'number; the report repeats it.')]
+
+def _merge(sources, folder, preset, despite):
+    "Add other reports' runs, and say how many."
+    from lts_nb.evidence.merge import merge_runs
+    from lts_nb.manual.batch import open_folder
+    lock = open_folder(folder.resolve())
+    try: added, same = merge_runs(sources, folder, preset, despite)
+    finally: lock.release()
+    typer.echo(f'{len(added)} runs added, {len(same)} were there already.')
+
+def _recompute(source, preset, wanted, out):
+    "A report from its evidence; its folder and what it lacks."
+    from lts_nb.evidence.kept import evidence_file, read_evidence, report_from
+    evidence = read_evidence(source)
+    if preset not in (None, evidence.note['preset']):
+        raise KitError(f'this evidence is of the preset {evidence.note["preset"]}', source,
+                       'Leave --preset out')
+    return out or evidence_file(source).parent, report_from(evidence, out, wanted)['missing']
+
+# %% ../../nbs/manual/09_cli.ipynb #d06d1703
 @app.command()
-def report(preset:Preset='cpu', table:Tables=None, method:Methods=None,
-           all_cells:AllCells=False, out:Out=None):
+def report(preset:Annotated[Optional[str], typer.Option(
+               help='How large: smoke, cpu, gpu or paper; cpu where not given.')]=None,
+           table:Tables=None, method:Methods=None, all_cells:AllCells=False, out:Out=None,
+           source:From=None, merge:Merge=None, despite_code:DespiteCode=None):
     "Write the report from the runs there are. What is missing is named."
     from lts_nb.manual.batch import default_out
     from lts_nb.evidence.experiments import runs_for
+    from lts_nb.evidence.kept import write_evidence
     from lts_nb.evidence.report import print_pdf, write_report
-    wanted = _cells(table, method, all_cells)
-    runs_for(preset, wanted)
-    folder = out or default_out(preset)
-    missing = write_report(folder, preset, wanted)['missing']
+    wanted, size = _cells(table, method, all_cells), preset or 'cpu'
+    runs_for(size, wanted)
+    _check_report(source, merge, despite_code)
+    if source:
+        asked = wanted if table or method or all_cells else None
+        folder, missing = _recompute(source, preset, asked, out)
+    else:
+        folder = out or default_out(size)
+        if merge: _merge(merge, folder, size, despite_code)
+        missing = write_report(folder, size, wanted)['missing']
+        write_evidence(folder, size, wanted)
     if missing: typer.echo(f'Not run yet: {", ".join(missing)}')
     typer.echo(print_pdf(folder))
     typer.echo(f'The report: {folder/"index.html"}')
+
+def _check_report(source, merge, despite_code):
+    "KitError where options contradict each other."
+    if source and merge:
+        raise KitError('--from recomputes a report as it was, and --merge adds to it',
+                       mend='Leave one of them out')
+    if despite_code is not None and not (merge and despite_code.strip()):
+        raise KitError('--despite-code is the reason why --merge may take runs of other code',
+                       f'--despite-code {despite_code!r}',
+                       'Give it with --merge and a reason, or leave it out')
 
 # %% ../../nbs/manual/09_cli.ipynb #33f4a48d
 @app.command()
