@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'metric_names', 'seg_pairs', 'load_arrays', 'load_results', 'finishes_of', 'results_frame', 'write_csv',
            'Totals', 'image_totals', 'metrics_of', 'bootstrap_interval', 'intervals_frame', 'load_samples',
-           'paper_table', 'Block', 'table_blocks', 'table_markdown', 'tex_escape', 'styled', 'table_latex',
+           'paper_table', 'Block', 'table_blocks', 'notes_of', 'table_markdown', 'tex_escape', 'styled', 'table_latex',
            'write_table', 'seg_grid_share', 'thresholds_frame', 'costs_frame', 'settings_frame', 'rates_grid',
            'best_rates', 'compare_reports']
 
@@ -14,6 +14,7 @@ import html, json
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
+from pandas.io.formats.style import Styler
 from scipy import stats
 from ..errors import KitError, atomic_path, check_schema, check_unpacked, write_text
 from .experiments import EXPERIMENTS, base_of, method_for
@@ -346,14 +347,14 @@ def _extra(table, labels, t):
     return {}
 
 def _notes(labels, t):
-    "What methods want a reader to know of their rows: a column, or nothing where none has notes."
+    "{label: what its method wants a reader to know}."
     experiment = t.dropna(subset=['experiment']).drop_duplicates('row').set_index('row').experiment
     said = []
     for label in labels:
         name = experiment.get(label)
         known = isinstance(name, str) and base_of(name) in EXPERIMENTS
         said.append(' '.join(method_for(name).notes) if known else '')
-    return {'notes': said} if any(said) else {}
+    return {label: text for label, text in zip(labels, said) if text}
 
 # %% ../../nbs/evidence/03_tables.ipynb #98bf4382
 class Block(NamedTuple):
@@ -363,6 +364,7 @@ class Block(NamedTuple):
     best:pd.DataFrame   # bool, of the same shape
     links:pd.DataFrame  # an address or '', of the same shape
     running:tuple=()    # names of columns whose texts wrap
+    notes:dict={}       # label: what a reader must know of its row
 
 def _plainly(texts, index):
     "Columns without anything bold and without addresses, as three frames."
@@ -391,13 +393,13 @@ def table_blocks(
     for key, b in (frame.groupby(block_by, sort=False) if block_by else [('', frame)]):
         labels = list(dict.fromkeys(b.row))
         # what stands between label and numbers belongs to no group
-        groups = {'': _plainly(_extra(str(table), labels, b) | _notes(labels, b), labels)}
+        groups = {'': _plainly(_extra(str(table), labels, b), labels)}
         for name, g in b.groupby(group_by, sort=False):
             g = g.set_index('row').reindex(labels)
             metric = name if group_by == 'metric' else 'IoU'
             groups[dataset_titles.get(name, name)] = _group(g, metric, leads or {})
         frames = [pd.concat(dict(zip(groups, same)), axis=1) for same in zip(*groups.values())]
-        blocks.append(Block(dataset_titles.get(key, key), *frames, ('notes',)))
+        blocks.append(Block(dataset_titles.get(key, key), *frames, notes=_notes(labels, b)))
     return blocks
 
 # %% ../../nbs/evidence/03_tables.ipynb #52b1b7f0
@@ -409,6 +411,14 @@ def _md(text):
 def _leading(block):
     "How many columns stand between the labels and the numbers."
     return sum(group == '' for group, _ in block.cells.columns)
+
+def notes_of(
+    blocks:list,   # from `table_blocks`
+)->dict:           # {label: note}
+    "What a reader must know of the rows of a table, once for all its blocks."
+    notes = {}
+    for b in blocks: notes |= b.notes
+    return notes
 
 def table_markdown(
     blocks:list,   # from `table_blocks`
@@ -424,6 +434,7 @@ def table_markdown(
         sides = ['left']*lead + ['right']*(len(shown.columns) + 1 - lead)
         title = f'**{_md(b.title)}**\n\n' if b.title else ''
         out.append(title + shown.to_markdown(disable_numparse=True, colalign=sides))
+    out += [f'* {_md(label)}: {_md(text)}' for label, text in notes_of(blocks).items()]
     return '\n\n'.join(out) + '\n' 
 
 # %% ../../nbs/evidence/03_tables.ipynb #7ee8ff84
@@ -439,13 +450,14 @@ def tex_escape(
 
 # %% ../../nbs/evidence/03_tables.ipynb #ebb019b8
 def styled(
-    block:Block, # from `table_blocks`, or any other
-    escape,      # text -> text, for the language it is printed in
-):               # pandas Styler: cells and headings escaped; the title heads the labels
+    block:Block,  # from `table_blocks`, or any other
+    escape,       # text -> text, for the language it is printed in
+    kind=Styler,  # or a Styler with another template
+):                # pandas Styler: cells and headings escaped; the title heads the labels
     "A table, ready for pandas to print."
     cells = block.cells.copy()
     if cells.columns.nlevels == 2: cells.columns.names = None, escape(block.title)
-    style = cells.style.format(escape)
+    style = kind(cells).format(escape)
     for axis in (0, 1): style = style.format_index(escape, axis=axis)
     return style
 
@@ -460,6 +472,8 @@ def table_latex(
         lead = 1 + _leading(b)
         columns = 'l'*lead + 'r'*(b.cells.shape[1] + 1 - lead)
         out.append(style.to_latex(column_format=columns, hrules=True, multicol_align='c'))
+    for label, text in notes_of(blocks).items():
+        out.append(rf'\par\footnotesize \textbf{{{tex_escape(label)}}}: {tex_escape(text)}' + '\n')
     return '\n'.join(out)
 
 # %% ../../nbs/evidence/03_tables.ipynb #a8494075
