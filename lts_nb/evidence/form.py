@@ -7,13 +7,13 @@ __all__ = ['TEMPLATES', 'NOTES', 'MOST_NOTES', 'Section', 'Document', 'template'
            'table_lines', 'write_picture', 'settle', 'markdown_html', 'markdown_tree', 'note_sections', 'read_notes',
            'page_of', 'paper_of', 'write_document']
 
-# %% ../../nbs/evidence/08_form.ipynb #63be6c83
+# %% ../../nbs/evidence/08_form.ipynb #8fe8e1d4
 import base64, html, io, json
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
-import jinja2, matplotlib.pyplot as plt, numpy as np, pandas as pd
+import jinja2, matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd
 from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
 from markupsafe import Markup, escape
@@ -22,7 +22,7 @@ from PIL import Image
 from ..errors import KitError, atomic_path, write_text
 from .tables import Block, styled
 
-# %% ../../nbs/evidence/08_form.ipynb #ff7eb6c5
+# %% ../../nbs/evidence/08_form.ipynb #806a0b2a
 class Section(NamedTuple):
     "A part of a report that has a heading."
     id:str      # by which an address names it
@@ -37,7 +37,7 @@ class Document(NamedTuple):
     sections:list  # of Section
     foot:str=''    # the last line
 
-# %% ../../nbs/evidence/08_form.ipynb #7dfefddb
+# %% ../../nbs/evidence/08_form.ipynb #513d4de8
 TEMPLATES = files('lts_nb')/'templates'
 
 def template(
@@ -47,7 +47,8 @@ def template(
     try: return (TEMPLATES/name).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as e:
         mend = 'Install the kit again: make setup, or git checkout lts_nb/templates'
-        raise KitError(f'a template of the report cannot be read ({e})', name, mend) from e
+        why = getattr(e, 'strerror', '') or e
+        raise KitError(f'a template of the report cannot be read ({why})', name, mend) from e
 
 def printed(
     name:str,   # of a template
@@ -59,7 +60,7 @@ def printed(
                               lstrip_blocks=True)
     return page.get_template(name).render(**values)
 
-# %% ../../nbs/evidence/08_form.ipynb #4535c46e
+# %% ../../nbs/evidence/08_form.ipynb #89faf447
 def plain(
     text,   # anything
 )->str:     # on one line, printable
@@ -86,7 +87,7 @@ def frame_block(
     return Block(title, cells, pd.DataFrame(False, cells.index, cells.columns), to,
                  tuple(running))
 
-# %% ../../nbs/evidence/08_form.ipynb #d2adc253
+# %% ../../nbs/evidence/08_form.ipynb #f3767fe9
 def _linked(text, href):
     "A text that leads somewhere, as HTML."
     return Markup('<a href="{}">{}</a>').format(href, text) if href else text
@@ -110,7 +111,7 @@ def table_html(
     text = style.to_html()
     return text[text.index('<table>'):]
 
-# %% ../../nbs/evidence/08_form.ipynb #0a5da07c
+# %% ../../nbs/evidence/08_form.ipynb #479390c9
 def table_lines(
     block:Block, # from `frame_block` or `tables.table_blocks`
 )->dict:         # title, head [[text, span]], body [[text, best]], running [index], columns
@@ -130,7 +131,7 @@ def table_lines(
     return dict(title='' if grouped else block.title, head=head, body=body, running=running,
                 columns=len(head[-1]))
 
-# %% ../../nbs/evidence/08_form.ipynb #4bfa4ba3
+# %% ../../nbs/evidence/08_form.ipynb #46ce64a1
 def write_picture(
     fig,          # a matplotlib Figure; closed afterwards
     path,         # .webp to write; replaced in one step
@@ -165,7 +166,7 @@ def settle(
         sections.append(s._replace(parts=[_settled(p, folder) for p in s.parts]))
     return document._replace(sections=sections)
 
-# %% ../../nbs/evidence/08_form.ipynb #c5bf2e3f
+# %% ../../nbs/evidence/08_form.ipynb #1b86ec64
 _markdown = MarkdownIt('commonmark', {'html': False}).disable('image')
 
 def markdown_html(
@@ -177,7 +178,7 @@ def markdown_html(
         if t.type in ('heading_open', 'heading_close'): t.tag = 'h4'
     return _markdown.renderer.render(tokens, _markdown.options, {})
 
-# %% ../../nbs/evidence/08_form.ipynb #729c4937
+# %% ../../nbs/evidence/08_form.ipynb #0c19e1a2
 _kinds = dict(strong='strong', em='em', code_inline='code', code_block='block-code',
               fence='block-code', hardbreak='break', heading='heading', bullet_list='list',
               ordered_list='enum', blockquote='quote', hr='rule', paragraph='paragraph')
@@ -204,7 +205,7 @@ def markdown_tree(
     root = SyntaxTreeNode(_markdown.parse(text))
     return [_tree(node) for node in root.children]
 
-# %% ../../nbs/evidence/08_form.ipynb #92ae56d8
+# %% ../../nbs/evidence/08_form.ipynb #12a6c2db
 NOTES = 'notes.md'
 MOST_NOTES = 200_000  # bytes
 
@@ -240,7 +241,7 @@ def read_notes(
     notes = {title: '' if text == questions.get(title) else text for title, text in notes.items()}
     return dict.fromkeys(questions, '') | notes
 
-# %% ../../nbs/evidence/08_form.ipynb #cd069a0e
+# %% ../../nbs/evidence/08_form.ipynb #cbbe612a
 def _html_part(part, section):
     "What the template needs of a part, beside its texts."
     if part['kind'] == 'table':
@@ -260,7 +261,7 @@ def page_of(
     values = document._replace(sections=sections)._asdict()
     return printed('report.html.j2', style=template('report.css'), **values)
 
-# %% ../../nbs/evidence/08_form.ipynb #885116b4
+# %% ../../nbs/evidence/08_form.ipynb #455749bb
 def _paper_part(part):
     "A part as plain data."
     kind = part['kind']
@@ -280,7 +281,8 @@ def _paper_part(part):
 def paper_of(
     document:Document, # settled: its pictures are written
     folder,            # of the report, which holds them
-)->bytes:              # a PDF, the same for the same document
+    format:str='pdf',  # or 'png': a list of pages, for looking at
+):                     # bytes, the same for the same document
     "A document as PDF, typeset without a browser. KitError where that fails."
     try: import typst
     except ImportError as e:
@@ -292,12 +294,13 @@ def paper_of(
     fonts = Path(matplotlib.get_data_path())/'fonts'/'ttf'
     typesetter = typst.Compiler(root=str(folder), font_paths=[str(fonts)],
                                 ignore_system_fonts=True, sys_inputs=dict(report=said))
-    try: return typesetter.compile(template('report.typ').encode(), format='pdf', timestamp=0)
+    source = template('report.typ').encode()
+    try: return typesetter.compile(source, format=format, ppi=80, timestamp=0)
     except typst.TypstError as e:
         mend = 'The page index.html is whole: print it from a browser'
         raise KitError(f'the PDF could not be typeset ({e.message})', 'report.typ', mend) from e
 
-# %% ../../nbs/evidence/08_form.ipynb #0bb80f8c
+# %% ../../nbs/evidence/08_form.ipynb #196146c4
 def write_document(
     document:Document, # with its figures drawn
     folder,            # of the report
@@ -306,4 +309,5 @@ def write_document(
     folder = Path(folder)
     document = settle(document, folder)
     write_text(folder/'index.html', page_of(document))
-    with atomic_path(folder/'report.pdf') as tmp: tmp.write_bytes(paper_of(document, folder))
+    paper = paper_of(document, folder)
+    with atomic_path(folder/'report.pdf') as tmp: tmp.write_bytes(paper)
