@@ -7,7 +7,7 @@ __all__ = ['TEMPLATES', 'NOTES', 'MOST_NOTES', 'Section', 'Document', 'template'
            'table_lines', 'write_picture', 'settle', 'markdown_html', 'markdown_tree', 'note_sections', 'read_notes',
            'page_of', 'paper_of', 'write_document']
 
-# %% ../../nbs/evidence/08_form.ipynb #8fe8e1d4
+# %% ../../nbs/evidence/08_form.ipynb #817652a8
 import base64, html, io, json
 from importlib.resources import files
 from itertools import groupby
@@ -22,7 +22,7 @@ from PIL import Image
 from ..errors import KitError, atomic_path, write_text
 from .tables import Block, styled
 
-# %% ../../nbs/evidence/08_form.ipynb #806a0b2a
+# %% ../../nbs/evidence/08_form.ipynb #5112f8c6
 class Section(NamedTuple):
     "A part of a report that has a heading."
     id:str      # by which an address names it
@@ -37,7 +37,7 @@ class Document(NamedTuple):
     sections:list  # of Section
     foot:str=''    # the last line
 
-# %% ../../nbs/evidence/08_form.ipynb #513d4de8
+# %% ../../nbs/evidence/08_form.ipynb #981f6230
 TEMPLATES = files('lts_nb')/'templates'
 
 def template(
@@ -51,16 +51,15 @@ def template(
         raise KitError(f'a template of the report cannot be read ({why})', name, mend) from e
 
 def printed(
-    name:str,   # of a template
+    page:str,   # name of a template
     **values,   # what it prints; a text is escaped
 )->str:         # HTML
     "A template, filled in."
     loader = jinja2.FunctionLoader(template)
-    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True)
-    return page.get_template(name).render(**values)
+    own = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return own.get_template(page).render(**values)
 
-# %% ../../nbs/evidence/08_form.ipynb #89faf447
+# %% ../../nbs/evidence/08_form.ipynb #b78a7ba1
 def plain(
     text,   # anything
 )->str:     # on one line, printable
@@ -87,7 +86,7 @@ def frame_block(
     return Block(title, cells, pd.DataFrame(False, cells.index, cells.columns), to,
                  tuple(running))
 
-# %% ../../nbs/evidence/08_form.ipynb #f3767fe9
+# %% ../../nbs/evidence/08_form.ipynb #214d3371
 def _linked(text, href):
     "A text that leads somewhere, as HTML."
     return Markup('<a href="{}">{}</a>').format(href, text) if href else text
@@ -111,7 +110,7 @@ def table_html(
     text = style.to_html()
     return text[text.index('<table>'):]
 
-# %% ../../nbs/evidence/08_form.ipynb #479390c9
+# %% ../../nbs/evidence/08_form.ipynb #aa9c3848
 def table_lines(
     block:Block, # from `frame_block` or `tables.table_blocks`
 )->dict:         # title, head [[text, span]], body [[text, best]], running [index], columns
@@ -131,7 +130,7 @@ def table_lines(
     return dict(title='' if grouped else block.title, head=head, body=body, running=running,
                 columns=len(head[-1]))
 
-# %% ../../nbs/evidence/08_form.ipynb #46ce64a1
+# %% ../../nbs/evidence/08_form.ipynb #029d09d8
 def write_picture(
     fig,          # a matplotlib Figure; closed afterwards
     path,         # .webp to write; replaced in one step
@@ -166,7 +165,7 @@ def settle(
         sections.append(s._replace(parts=[_settled(p, folder) for p in s.parts]))
     return document._replace(sections=sections)
 
-# %% ../../nbs/evidence/08_form.ipynb #1b86ec64
+# %% ../../nbs/evidence/08_form.ipynb #edfb2930
 _markdown = MarkdownIt('commonmark', {'html': False}).disable('image')
 
 def markdown_html(
@@ -178,7 +177,7 @@ def markdown_html(
         if t.type in ('heading_open', 'heading_close'): t.tag = 'h4'
     return _markdown.renderer.render(tokens, _markdown.options, {})
 
-# %% ../../nbs/evidence/08_form.ipynb #0c19e1a2
+# %% ../../nbs/evidence/08_form.ipynb #edae817c
 _kinds = dict(strong='strong', em='em', code_inline='code', code_block='block-code',
               fence='block-code', hardbreak='break', heading='heading', bullet_list='list',
               ordered_list='enum', blockquote='quote', hr='rule', paragraph='paragraph')
@@ -205,7 +204,7 @@ def markdown_tree(
     root = SyntaxTreeNode(_markdown.parse(text))
     return [_tree(node) for node in root.children]
 
-# %% ../../nbs/evidence/08_form.ipynb #12a6c2db
+# %% ../../nbs/evidence/08_form.ipynb #37f72ce9
 NOTES = 'notes.md'
 MOST_NOTES = 200_000  # bytes
 
@@ -241,7 +240,7 @@ def read_notes(
     notes = {title: '' if text == questions.get(title) else text for title, text in notes.items()}
     return dict.fromkeys(questions, '') | notes
 
-# %% ../../nbs/evidence/08_form.ipynb #cbbe612a
+# %% ../../nbs/evidence/08_form.ipynb #8c370aa7
 def _html_part(part, section):
     "What the template needs of a part, beside its texts."
     if part['kind'] == 'table':
@@ -261,7 +260,7 @@ def page_of(
     values = document._replace(sections=sections)._asdict()
     return printed('report.html.j2', style=template('report.css'), **values)
 
-# %% ../../nbs/evidence/08_form.ipynb #455749bb
+# %% ../../nbs/evidence/08_form.ipynb #3c303ab3
 def _paper_part(part):
     "A part as plain data."
     kind = part['kind']
@@ -300,7 +299,7 @@ def paper_of(
         mend = 'The page index.html is whole: print it from a browser'
         raise KitError(f'the PDF could not be typeset ({e.message})', 'report.typ', mend) from e
 
-# %% ../../nbs/evidence/08_form.ipynb #196146c4
+# %% ../../nbs/evidence/08_form.ipynb #ca60771b
 def write_document(
     document:Document, # with its figures drawn
     folder,            # of the report

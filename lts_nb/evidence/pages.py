@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['tidied', 'notebook_html', 'run_page', 'write_pages']
 
-# %% ../../nbs/evidence/12_pages.ipynb #2c1ff402
+# %% ../../nbs/evidence/12_pages.ipynb #861263f6
 import base64, hashlib, io, re
 from pathlib import Path
 from urllib.parse import quote
-import nbformat
+import bleach, nbformat
 from PIL import Image
 from traitlets.config import Config
 from ..errors import KitError, write_text
 from .experiments import module_hashes
 from .form import plain, printed, template
 
-# %% ../../nbs/evidence/12_pages.ipynb #d8f3aa54
+# %% ../../nbs/evidence/12_pages.ipynb #a23a8273
 _bar = 'application/vnd.jupyter.widget-view+json'
 
 def tidied(
@@ -39,12 +39,14 @@ def tidied(
                 if kind.startswith('text/'): o['data'][kind] = nameless(data)
     return notebook
 
-# %% ../../nbs/evidence/12_pages.ipynb #a968d4a9
+# %% ../../nbs/evidence/12_pages.ipynb #eae6b175
 _tags = ('a abbr b blockquote br code dd del div dl dt em h1 h2 h3 h4 h5 h6 hr i img li ol p pre s '
          'span strong sub sup table tbody td th thead tr ul').split()
 _attributes = {'*': ['class', 'id'], 'a': ['href', 'title'], 'img': ['src', 'alt'],
                'td': ['colspan', 'rowspan'], 'th': ['colspan', 'rowspan', 'scope']}
 _drawn = 'A picture that the cell above drew; its numbers stand in the text around it'
+
+def _clean(text): return bleach.clean(text, tags=_tags, attributes=_attributes)
 
 def _as_webp(match):
     "An embedded PNG as WebP, or as it was where it cannot be read."
@@ -62,6 +64,7 @@ def notebook_html(
     from nbconvert import HTMLExporter
     allowed = Config(SanitizeHTML=dict(tags=_tags, attributes=_attributes, styles=[]))
     exporter = HTMLExporter(config=allowed, template_name='basic', sanitize_html=True)
+    exporter.register_filter('clean_html', _clean)
     text, _ = exporter.from_notebook_node(notebook)
     text = re.sub(r'data:image/png;base64,([A-Za-z0-9+/=\s]+)', _as_webp, text)
     text = text.replace('No description has been provided for this image', _drawn)
@@ -69,7 +72,7 @@ def notebook_html(
     text = re.sub(r'(</?h)([1-5])\b', lambda m: f'{m[1]}{int(m[2]) + 1}', text)
     return re.sub(r'\n{2,}', '\n', text)
 
-# %% ../../nbs/evidence/12_pages.ipynb #66ceeee7
+# %% ../../nbs/evidence/12_pages.ipynb #abf36c31
 def _digest(*parts):
     "A short name for all that a page is made from."
     known = [module_hashes('evidence.pages')['evidence.pages']]
@@ -98,7 +101,7 @@ def run_page(
     return printed('run.html.j2', name=plain(name), command=plain(command), stamp=stamp,
                    anchor=f'run-{quote(name)}', style=style, body=body)
 
-# %% ../../nbs/evidence/12_pages.ipynb #a094de18
+# %% ../../nbs/evidence/12_pages.ipynb #fcc43985
 def write_pages(
     DIR,          # the report's folder
     results:list, # from `load_results`
