@@ -7,7 +7,7 @@ __all__ = ['TEMPLATES', 'NOTES', 'MOST_NOTES', 'Section', 'Document', 'template'
            'table_lines', 'write_picture', 'settle', 'markdown_html', 'markdown_tree', 'note_sections', 'read_notes',
            'page_of', 'paper_of', 'write_document']
 
-# %% ../../nbs/evidence/12_form.ipynb #817652a8
+# %% ../../nbs/evidence/12_form.ipynb #ac82e260
 import base64, html, io, json
 from importlib.resources import files
 from itertools import groupby
@@ -22,7 +22,7 @@ from PIL import Image
 from ..errors import KitError, atomic_path, write_text
 from .tables import Block, styled
 
-# %% ../../nbs/evidence/12_form.ipynb #5112f8c6
+# %% ../../nbs/evidence/12_form.ipynb #42fe9e19
 class Section(NamedTuple):
     "A part of a report that has a heading."
     id:str      # by which an address names it
@@ -37,7 +37,7 @@ class Document(NamedTuple):
     sections:list  # of Section
     foot:str=''    # the last line
 
-# %% ../../nbs/evidence/12_form.ipynb #981f6230
+# %% ../../nbs/evidence/12_form.ipynb #67e40541
 TEMPLATES = files('lts_nb')/'templates'
 
 def template(
@@ -59,7 +59,7 @@ def printed(
     own = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return own.get_template(page).render(**values)
 
-# %% ../../nbs/evidence/12_form.ipynb #b78a7ba1
+# %% ../../nbs/evidence/12_form.ipynb #f7587377
 def plain(
     text,   # anything
 )->str:     # on one line, printable
@@ -86,7 +86,7 @@ def frame_block(
     return Block(title, cells, pd.DataFrame(False, cells.index, cells.columns), to,
                  tuple(running))
 
-# %% ../../nbs/evidence/12_form.ipynb #214d3371
+# %% ../../nbs/evidence/12_form.ipynb #d5d97dcb
 def _linked(text, href):
     "A text that leads somewhere, as HTML."
     return Markup('<a href="{}">{}</a>').format(href, text) if href else text
@@ -110,7 +110,7 @@ def table_html(
     text = style.to_html()
     return text[text.index('<table>'):]
 
-# %% ../../nbs/evidence/12_form.ipynb #aa9c3848
+# %% ../../nbs/evidence/12_form.ipynb #04a4d7bc
 def table_lines(
     block:Block, # from `frame_block` or `tables.table_blocks`
 )->dict:         # title, head [[text, span]], body [[text, best]], running [index], columns
@@ -130,7 +130,7 @@ def table_lines(
     return dict(title='' if grouped else block.title, head=head, body=body, running=running,
                 columns=len(head[-1]))
 
-# %% ../../nbs/evidence/12_form.ipynb #029d09d8
+# %% ../../nbs/evidence/12_form.ipynb #e8dbd09a
 def write_picture(
     fig,          # a matplotlib Figure; closed afterwards
     path,         # .webp to write; replaced in one step
@@ -165,7 +165,7 @@ def settle(
         sections.append(s._replace(parts=[_settled(p, folder) for p in s.parts]))
     return document._replace(sections=sections)
 
-# %% ../../nbs/evidence/12_form.ipynb #edfb2930
+# %% ../../nbs/evidence/12_form.ipynb #29981a9c
 _markdown = MarkdownIt('commonmark', {'html': False}).disable('image')
 
 def markdown_html(
@@ -177,7 +177,7 @@ def markdown_html(
         if t.type in ('heading_open', 'heading_close'): t.tag = 'h4'
     return _markdown.renderer.render(tokens, _markdown.options, {})
 
-# %% ../../nbs/evidence/12_form.ipynb #edae817c
+# %% ../../nbs/evidence/12_form.ipynb #951228e6
 _kinds = dict(strong='strong', em='em', code_inline='code', code_block='block-code',
               fence='block-code', hardbreak='break', heading='heading', bullet_list='list',
               ordered_list='enum', blockquote='quote', hr='rule', paragraph='paragraph')
@@ -204,7 +204,7 @@ def markdown_tree(
     root = SyntaxTreeNode(_markdown.parse(text))
     return [_tree(node) for node in root.children]
 
-# %% ../../nbs/evidence/12_form.ipynb #37f72ce9
+# %% ../../nbs/evidence/12_form.ipynb #dfe30e72
 NOTES = 'notes.md'
 MOST_NOTES = 200_000  # bytes
 
@@ -240,7 +240,7 @@ def read_notes(
     notes = {title: '' if text == questions.get(title) else text for title, text in notes.items()}
     return dict.fromkeys(questions, '') | notes
 
-# %% ../../nbs/evidence/12_form.ipynb #8c370aa7
+# %% ../../nbs/evidence/12_form.ipynb #3443ac75
 def _html_part(part, section):
     "What the template needs of a part, beside its texts."
     if part['kind'] == 'table':
@@ -260,7 +260,7 @@ def page_of(
     values = document._replace(sections=sections)._asdict()
     return printed('report.html.j2', style=template('report.css'), **values)
 
-# %% ../../nbs/evidence/12_form.ipynb #3c303ab3
+# %% ../../nbs/evidence/12_form.ipynb #48c9d365
 def _paper_part(part):
     "A part as plain data."
     kind = part['kind']
@@ -269,13 +269,17 @@ def _paper_part(part):
                                    tree=markdown_tree(part['text']))
     if kind == 'figure':
         # wide enough for the text, unless it is small itself
-        kept = {name: part[name] for name in ('name', 'path', 'alt', 'caption', 'lines')}
-        return dict(kind=kind, wide=part['size'][0]/700, **kept)
-    if kind in ('list', 'codes'):
-        said = [dict(text=' '.join([line['text'], ', '.join(t for t, _ in line.get('links', []))]))
-                for line in part['lines']]
-        return part | dict(lines=said)
+        kept = {name: part[name] for name in ('name', 'path', 'alt', 'caption')}
+        # on paper nobody opens what a picture says in words; sentences are no such words
+        lines = part['lines'] if part.get('photos') else []
+        return dict(kind=kind, wide=part['size'][0]/700, lines=lines, **kept)
+    if kind in ('list', 'codes'): return part | dict(lines=[_paper_line(l) for l in part['lines']])
     return part
+
+def _paper_line(line):
+    "A line without addresses, which lead nowhere on paper."
+    named = ', '.join(text for text, _ in line.get('links', []))
+    return dict(text=f"{line['text']} {named}".strip(), code=line.get('code', ''))
 
 def paper_of(
     document:Document, # settled: its pictures are written
@@ -299,7 +303,7 @@ def paper_of(
         mend = 'The page index.html is whole: print it from a browser'
         raise KitError(f'the PDF could not be typeset ({e.message})', 'report.typ', mend) from e
 
-# %% ../../nbs/evidence/12_form.ipynb #ca60771b
+# %% ../../nbs/evidence/12_form.ipynb #7a8ee5f9
 def write_document(
     document:Document, # with its figures drawn
     folder,            # of the report
