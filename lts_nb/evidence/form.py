@@ -7,8 +7,8 @@ __all__ = ['TEMPLATES', 'NOTES', 'MOST_NOTES', 'Section', 'Document', 'template'
            'table_lines', 'write_picture', 'settle', 'markdown_html', 'markdown_tree', 'note_sections', 'read_notes',
            'page_of', 'paper_of', 'write_document']
 
-# %% ../../nbs/evidence/12_form.ipynb #ac82e260
-import base64, html, io, json
+# %% ../../nbs/evidence/12_form.ipynb #b42324e0
+import base64, io, json, tempfile
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
@@ -22,12 +22,12 @@ from PIL import Image
 from ..errors import KitError, atomic_path, write_text
 from .tables import Block, styled
 
-# %% ../../nbs/evidence/12_form.ipynb #42fe9e19
+# %% ../../nbs/evidence/12_form.ipynb #1cdba99b
 class Section(NamedTuple):
     "A part of a report that has a heading."
     id:str      # by which an address names it
     title:str   # its heading
-    parts:list  # dicts with a `kind`: heading, text, warning, list, table, figure, codes or note
+    parts:list  # dicts with a `kind`: heading, text, …; one with `screen` is not for paper
 
 class Document(NamedTuple):
     "A report as data: texts without markup of any language."
@@ -37,7 +37,7 @@ class Document(NamedTuple):
     sections:list  # of Section
     foot:str=''    # the last line
 
-# %% ../../nbs/evidence/12_form.ipynb #67e40541
+# %% ../../nbs/evidence/12_form.ipynb #7707006b
 TEMPLATES = files('lts_nb')/'templates'
 
 def template(
@@ -59,7 +59,7 @@ def printed(
     own = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return own.get_template(page).render(**values)
 
-# %% ../../nbs/evidence/12_form.ipynb #f7587377
+# %% ../../nbs/evidence/12_form.ipynb #d7b119d1
 def plain(
     text,   # anything
 )->str:     # on one line, printable
@@ -86,7 +86,7 @@ def frame_block(
     return Block(title, cells, pd.DataFrame(False, cells.index, cells.columns), to,
                  tuple(running))
 
-# %% ../../nbs/evidence/12_form.ipynb #d5d97dcb
+# %% ../../nbs/evidence/12_form.ipynb #e475cd53
 def _linked(text, href):
     "A text that leads somewhere, as HTML."
     return Markup('<a href="{}">{}</a>').format(href, text) if href else text
@@ -110,7 +110,7 @@ def table_html(
     text = style.to_html()
     return text[text.index('<table>'):]
 
-# %% ../../nbs/evidence/12_form.ipynb #04a4d7bc
+# %% ../../nbs/evidence/12_form.ipynb #666edaf6
 def table_lines(
     block:Block, # from `frame_block` or `tables.table_blocks`
 )->dict:         # title, head [[text, span]], body [[text, best]], running [index], columns
@@ -130,7 +130,7 @@ def table_lines(
     return dict(title='' if grouped else block.title, head=head, body=body, running=running,
                 columns=len(head[-1]))
 
-# %% ../../nbs/evidence/12_form.ipynb #e8dbd09a
+# %% ../../nbs/evidence/12_form.ipynb #1150ea89
 def write_picture(
     fig,          # a matplotlib Figure; closed afterwards
     path,         # .webp to write; replaced in one step
@@ -165,7 +165,7 @@ def settle(
         sections.append(s._replace(parts=[_settled(p, folder) for p in s.parts]))
     return document._replace(sections=sections)
 
-# %% ../../nbs/evidence/12_form.ipynb #29981a9c
+# %% ../../nbs/evidence/12_form.ipynb #228a67d7
 _markdown = MarkdownIt('commonmark', {'html': False}).disable('image')
 
 def markdown_html(
@@ -177,7 +177,7 @@ def markdown_html(
         if t.type in ('heading_open', 'heading_close'): t.tag = 'h4'
     return _markdown.renderer.render(tokens, _markdown.options, {})
 
-# %% ../../nbs/evidence/12_form.ipynb #951228e6
+# %% ../../nbs/evidence/12_form.ipynb #9b15dac6
 _kinds = dict(strong='strong', em='em', code_inline='code', code_block='block-code',
               fence='block-code', hardbreak='break', heading='heading', bullet_list='list',
               ordered_list='enum', blockquote='quote', hr='rule', paragraph='paragraph')
@@ -204,7 +204,7 @@ def markdown_tree(
     root = SyntaxTreeNode(_markdown.parse(text))
     return [_tree(node) for node in root.children]
 
-# %% ../../nbs/evidence/12_form.ipynb #dfe30e72
+# %% ../../nbs/evidence/12_form.ipynb #a697546a
 NOTES = 'notes.md'
 MOST_NOTES = 200_000  # bytes
 
@@ -240,7 +240,7 @@ def read_notes(
     notes = {title: '' if text == questions.get(title) else text for title, text in notes.items()}
     return dict.fromkeys(questions, '') | notes
 
-# %% ../../nbs/evidence/12_form.ipynb #3443ac75
+# %% ../../nbs/evidence/12_form.ipynb #b12b3067
 def _html_part(part, section):
     "What the template needs of a part, beside its texts."
     if part['kind'] == 'table':
@@ -260,7 +260,19 @@ def page_of(
     values = document._replace(sections=sections)._asdict()
     return printed('report.html.j2', style=template('report.css'), **values)
 
-# %% ../../nbs/evidence/12_form.ipynb #48c9d365
+# %% ../../nbs/evidence/12_form.ipynb #a82ba6d9
+def _paper_path(part):
+    "Where a picture lies for the typesetter. A PDF holds a JPEG as it is, and nothing else so small."
+    return f"{part['name']}.{'jpg' if part.get('photos') else 'png'}"
+
+def _lay_out(parts, folder, root):
+    "Put the pictures of some parts where the typesetter finds them."
+    for part in parts:
+        if part['kind'] != 'figure': continue
+        picture = Image.open(folder/part['path']).convert('RGB')
+        if not part.get('photos'): picture = picture.quantize(64).convert('RGB')
+        picture.save(root/_paper_path(part), quality=80)
+
 def _paper_part(part):
     "A part as plain data."
     kind = part['kind']
@@ -269,10 +281,12 @@ def _paper_part(part):
                                    tree=markdown_tree(part['text']))
     if kind == 'figure':
         # wide enough for the text, unless it is small itself
-        kept = {name: part[name] for name in ('name', 'path', 'alt', 'caption')}
+        kept = {name: part[name] for name in ('name', 'alt', 'caption')}
         # on paper nobody opens what a picture says in words; sentences are no such words
         lines = part['lines'] if part.get('photos') else []
-        return dict(kind=kind, wide=part['size'][0]/700, lines=lines, **kept)
+        width, height = part['size']
+        return dict(kind=kind, wide=width/700, tall=height/width, lines=lines, path=_paper_path(part),
+                    **kept)
     if kind in ('list', 'codes'): return part | dict(lines=[_paper_line(l) for l in part['lines']])
     return part
 
@@ -292,18 +306,22 @@ def paper_of(
         raise KitError('typst is not installed, which makes the PDF', mend='make setup') from e
     sections = []
     for s in document.sections:
-        sections.append(s._replace(parts=[_paper_part(p) for p in s.parts])._asdict())
+        parts = [_paper_part(p) for p in s.parts if not p.get('screen')]
+        sections.append(s._replace(parts=parts)._asdict())
     said = json.dumps(document._replace(sections=sections)._asdict(), ensure_ascii=False)
     fonts = Path(matplotlib.get_data_path())/'fonts'/'ttf'
-    typesetter = typst.Compiler(root=str(folder), font_paths=[str(fonts)],
-                                ignore_system_fonts=True, sys_inputs=dict(report=said))
     source = template('report.typ').encode()
-    try: return typesetter.compile(source, format=format, ppi=80, timestamp=0)
+    try:
+        with tempfile.TemporaryDirectory() as root:
+            for s in document.sections: _lay_out(s.parts, Path(folder), Path(root))
+            typesetter = typst.Compiler(root=root, font_paths=[str(fonts)],
+                                        ignore_system_fonts=True, sys_inputs=dict(report=said))
+            return typesetter.compile(source, format=format, ppi=80, timestamp=0)
     except typst.TypstError as e:
         mend = 'The page index.html is whole: print it from a browser'
         raise KitError(f'the PDF could not be typeset ({e.message})', 'report.typ', mend) from e
 
-# %% ../../nbs/evidence/12_form.ipynb #7a8ee5f9
+# %% ../../nbs/evidence/12_form.ipynb #cf59405c
 def write_document(
     document:Document, # with its figures drawn
     folder,            # of the report

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tidied', 'notebook_html', 'run_page', 'write_pages']
 
-# %% ../../nbs/evidence/13_pages.ipynb #dfbe909d
+# %% ../../nbs/evidence/13_pages.ipynb #08fcfa00
 import base64, hashlib, io, re
 from pathlib import Path
 from urllib.parse import quote
@@ -16,7 +16,7 @@ from ..errors import KitError, write_text
 from .experiments import module_hashes
 from .form import plain, printed, template
 
-# %% ../../nbs/evidence/13_pages.ipynb #7817b15c
+# %% ../../nbs/evidence/13_pages.ipynb #e60dbe50
 _bar = 'application/vnd.jupyter.widget-view+json'
 
 def tidied(
@@ -39,7 +39,7 @@ def tidied(
                 if kind.startswith('text/'): o['data'][kind] = nameless(data)
     return notebook
 
-# %% ../../nbs/evidence/13_pages.ipynb #faf0fa27
+# %% ../../nbs/evidence/13_pages.ipynb #e05125b4
 _tags = ('a abbr b blockquote br code dd del div dl dt em h1 h2 h3 h4 h5 h6 hr i img li ol p pre s '
          'span strong sub sup table tbody td th thead tr ul').split()
 _attributes = {'*': ['class', 'id'], 'a': ['href', 'title'], 'img': ['src', 'alt'],
@@ -72,7 +72,7 @@ def notebook_html(
     text = re.sub(r'(</?h)([1-5])\b', lambda m: f'{m[1]}{int(m[2]) + 1}', text)
     return re.sub(r'\n{2,}', '\n', text)
 
-# %% ../../nbs/evidence/13_pages.ipynb #5f0b2f2c
+# %% ../../nbs/evidence/13_pages.ipynb #e7e6eaf6
 def _digest(*parts):
     "A short name for all that a page is made from."
     known = [module_hashes('evidence.pages')['evidence.pages']]
@@ -101,7 +101,7 @@ def run_page(
     return printed('run.html.j2', name=plain(name), command=plain(command), stamp=stamp,
                    anchor=f'run-{quote(name)}', style=style, body=body)
 
-# %% ../../nbs/evidence/13_pages.ipynb #de0db5db
+# %% ../../nbs/evidence/13_pages.ipynb #0e07000e
 def write_pages(
     DIR,          # the report's folder
     results:list, # from `load_results`

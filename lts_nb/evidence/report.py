@@ -162,7 +162,7 @@ def _warnings(m):
     if m.missing: said.append(f'Not run yet: {", ".join(m.missing)}.')
     return said + m.said
 
-# %% ../../nbs/evidence/15_report.ipynb #6c937a4f
+# %% ../../nbs/evidence/15_report.ipynb #fff3924c
 def _document(m):
     "The whole report as data."
     return Document(
