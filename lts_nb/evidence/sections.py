@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'HOW_JUDGED', 'HOW_LOOKED', 'TITLES', 'HOW_TO_READ', 'Materi
            'figures_section', 'failures_section', 'beyond_section', 'discussion_section', 'checklist_frame',
            'checklist_section', 'made_section']
 
-# %% ../../nbs/evidence/14_sections.ipynb #8bdd62d8
+# %% ../../nbs/evidence/14_sections.ipynb #0696aaae
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +35,7 @@ from .tables import (best_rates, costs_frame, finishes_of, notes_of, rates_grid,
                                     seg_grid_share, settings_frame, table_blocks,
                                     thresholds_frame)
 
-# %% ../../nbs/evidence/14_sections.ipynb #cde24cf5
+# %% ../../nbs/evidence/14_sections.ipynb #4b419bd7
 class Material(NamedTuple):
     "All that a report says something about."
     preset:str            # smoke, cpu, gpu or paper
@@ -51,7 +51,7 @@ class Material(NamedTuple):
     failed:tuple          # names of runs
     said:list             # sentences about pages that could not be made
 
-# %% ../../nbs/evidence/14_sections.ipynb #e0978132
+# %% ../../nbs/evidence/14_sections.ipynb #5fc425ff
 def _circumstances(r):
     "One line of `runs_frame`."
     c, h = r['config'], r['hardware']
@@ -76,7 +76,7 @@ def runs_frame(
             raise KitError(what, r['folder']/'result.json', mend) from e
     return pd.DataFrame(out)
 
-# %% ../../nbs/evidence/14_sections.ipynb #9115f5d5
+# %% ../../nbs/evidence/14_sections.ipynb #4e305f93
 def _flat(config, prefix=''):
     "{'model.n': 1, …} of a configuration, without what names the run or says where it ran."
     skip = ('run', 'experiment', 'preset', 'compute', 'splits')
@@ -87,7 +87,7 @@ def _flat(config, prefix=''):
         else: flat[f'{prefix}{k}'] = v
     return flat
 
-# %% ../../nbs/evidence/14_sections.ipynb #9b666d50
+# %% ../../nbs/evidence/14_sections.ipynb #e316be3b
 def config_differences(
     results:list,  # from `load_results`
 )->tuple:          # base configuration, nested; DataFrame run, departs: "model.n=2, data.size=160"
@@ -107,7 +107,7 @@ def config_differences(
         rows.append((r['run'], ', '.join(departs) or '–'))
     return base, pd.DataFrame(rows, columns=['run', 'departs'])
 
-# %% ../../nbs/evidence/14_sections.ipynb #b177efe1
+# %% ../../nbs/evidence/14_sections.ipynb #69a72ce1
 def command_of(
     preset:str, # smoke, cpu, gpu or paper
     run,        # a line of `runs_frame`
@@ -116,7 +116,7 @@ def command_of(
     return (f'papermill nbs/runs/train.ipynb out.ipynb -p experiment {run.experiment} '
             f'-p dataset {run.dataset} -p preset {preset} -p seed {run.seed}')
 
-# %% ../../nbs/evidence/14_sections.ipynb #f15e426d
+# %% ../../nbs/evidence/14_sections.ipynb #e64fc460
 def _anchor(*names): return '-'.join(map(quote, names))
 
 def leads_of(
@@ -142,7 +142,7 @@ def _links(frame, leads, experiment=None, skip=()):
     numbers = [c for c in frame.select_dtypes('number') if c not in skip]
     return pd.DataFrame({c: to for c in numbers}, frame.index)
 
-# %% ../../nbs/evidence/14_sections.ipynb #c9367c79
+# %% ../../nbs/evidence/14_sections.ipynb #6053ddd9
 _captions = {
     'forest': 'Every claim on every split that it is judged on: hollow mark, the paper’s value; '
               'filled mark and line, our effect and its interval; the band is the margin of one '
@@ -172,7 +172,7 @@ def _figure(name, fig, alt, lines=(), caption=None, summary='', photos=False):
                 caption=caption or _captions[name], photos=photos,
                 summary=summary or 'The picture in words')
 
-# %% ../../nbs/evidence/14_sections.ipynb #fc6c3d1a
+# %% ../../nbs/evidence/14_sections.ipynb #de176363
 def _correlated(ranks, claims):
     "A sentence a split: how far the paper's order of methods and ours agree."
     said = []
@@ -191,9 +191,11 @@ def glance_section(
 )->Section:
     "The pictures that a reader sees first."
     claims, parts = m.evidence['claims'], []
-    if claims.effect.notna().any():
-        first, *rest = forest_text(claims).split('\n')
-        parts.append(_figure('forest', forest_plot(claims, m.evidence['effects']), first, rest))
+    for dataset, c in claims.groupby('dataset', sort=False):
+        if c.effect.isna().all(): continue
+        first, *rest = forest_text(c).split('\n')
+        fig = forest_plot(c, m.evidence['effects'])
+        parts.append(_figure(f'forest-{dataset}', fig, first, rest, _captions['forest']))
     table1 = m.frames.get('1')
     if table1 is not None and table1.ours.notna().any():
         dataset = preset_of(m.preset)['datasets']['refcoco']
@@ -217,7 +219,7 @@ _how_correlated = (
     'How far does the paper’s order of the methods return? 1 is the same order, 0 is none in '
     'common, −1 the reverse; in brackets 95 % over images and seeds.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #4330f609
+# %% ../../nbs/evidence/14_sections.ipynb #ef58e4b2
 _WHOSE = f'Written by the person who ran this, in {NOTES}.'
 _UNWRITTEN = f'Not written yet: a program cannot know this. It belongs in {NOTES}, under this heading.'
 
@@ -241,7 +243,7 @@ def _counted(claims):
         counts[dataset] = ', '.join(f'{n} {v}' for v, n in c.verdict.value_counts().items())
     return counts
 
-# %% ../../nbs/evidence/14_sections.ipynb #312457f0
+# %% ../../nbs/evidence/14_sections.ipynb #b12cc79a
 def _scope(m):
     own = sorted({method_for(r['experiment']).title for r in m.results})
     stand_in = ('RefShapes, a benchmark that the kit makes itself, stands in for RefCOCO: a '
@@ -283,7 +285,7 @@ def summary_section(
     written = 'What was easy', 'What was difficult', 'Contact with the authors'
     return Section('summary', 'Summary', parts + [note_part(m.notes, t) for t in written])
 
-# %% ../../nbs/evidence/14_sections.ipynb #0527e8a0
+# %% ../../nbs/evidence/14_sections.ipynb #a34757dc
 HOW_JUDGED = (
     'A claim is about overall IoU in points. Its interval is the envelope of two 95 % '
     'intervals: over test images (paired bootstrap) and over training seeds (Student’s t). '
@@ -298,7 +300,7 @@ HOW_LOOKED = (
     'belongs to the look: seeds (Student’s t with the critical value of the look) and images '
     '(97 %), joined as independent errors. effects.csv has every look.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #020cbdfd
+# %% ../../nbs/evidence/14_sections.ipynb #272e4022
 _claim_columns = ['claim', 'split', 'verdict', 'published', 'effect', 'interval', 'seeds',
                   'holds after correction', 'why', 'source']
 
@@ -327,7 +329,7 @@ def _pair(claim, dataset):
     known = [c.claim for c in CLAIMS]
     return _anchor('claim', str(known.index(claim)), dataset)
 
-# %% ../../nbs/evidence/14_sections.ipynb #2f487f4e
+# %% ../../nbs/evidence/14_sections.ipynb #32e26012
 def _frozen(preset, dataset, print_):
     "A fingerprint, and whether it is the frozen one."
     frozen = FROZEN.get(preset, {}).get(dataset)
@@ -363,7 +365,7 @@ _how_sized = ('Parameters and operations of the whole network, with the backbone
               'notebooks, each with the place in its paper.')
 _how_fingered = 'Sentences that were scored, and the fingerprint of the data they belong to.'
 
-# %% ../../nbs/evidence/14_sections.ipynb #36f842c7
+# %% ../../nbs/evidence/14_sections.ipynb #7b3e69f8
 _dev = Path(lts_nb.__file__).parents[1]/'reports'/'dev'/'tablerates.csv'
 
 def _searched():
@@ -372,21 +374,38 @@ def _searched():
     try: best = best_rates(rates_grid(pd.read_csv(_dev)))
     except (ValueError, KeyError, OSError) as e:
         raise KitError(f'the search for learning rates cannot be read: {e}', _dev) from e
-    frame = pd.DataFrame({'method': list(best), 'learning rate': list(map('{:g}'.format, best.values()))})
+    rates = [f'{rate:g}' for rate in best.values()]
+    frame = pd.DataFrame({'method': list(best), 'learning rate': rates})
     return [dict(kind='text', text=_how_searched), dict(kind='table', block=frame_block(frame))]
+
+def _one_each(results):
+    "One run of each experiment: of the first LTS run's data set and seed, if there is one."
+    base = next((r for r in results if r['experiment'] == 'lts'), results[0])
+    first = {}
+    for same in (True, False):
+        for r in results:
+            alike = (r['dataset'], r['seed']) == (base['dataset'], base['seed'])
+            if alike or not same: first.setdefault(r['experiment'], r)
+    order = dict.fromkeys(r['experiment'] for r in results)
+    return [first[e] for e in order]
+
+_how_departs = ('Where each other experiment departs from them. Its runs differ from one another '
+                'in their data set and their seed alone.')
 
 def settings_section(
     m:Material,  # of the report
 )->Section:
     "The hyper-parameters, and how they were chosen."
-    base, departs = config_differences(m.results)
+    base, departs = config_differences(_one_each(m.results))
+    departs = departs.assign(run=[r['experiment'] for r in _one_each(m.results)])
+    departs = departs.rename(columns={'run': 'experiment'})
     flat = pd.DataFrame(_flat(base).items(), columns=['name', 'value'])
     flat['value'] = [json.dumps(v, ensure_ascii=False) for v in flat.value]
     named = base.get('run', m.results[0]['run'])
     return Section('settings', 'Hyper-parameters', [
         *_searched(),
         dict(kind='table', block=frame_block(flat, 0, f'Settings of {named}', ['value'])),
-        dict(kind='text', text='Where each other run departs from them:'),
+        dict(kind='text', text=_how_departs),
         dict(kind='table', block=frame_block(departs, 0, running=['departs']))])
 
 _how_searched = (
@@ -394,7 +413,7 @@ _how_searched = (
     'graded (reports/dev): the rate with the highest overall IoU was kept. All other settings are '
     'those of its paper or of its official code.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #47db8f50
+# %% ../../nbs/evidence/14_sections.ipynb #317b147d
 def _head_gflops(r):
     "Operations of what is trained, GFLOP for one sentence."
     parts = r.get('parts')
@@ -433,7 +452,7 @@ def compute_section(
     block = frame_block(compute_frame(m.runs, m.results), running=['how much'])
     return Section('compute', 'Setup and compute', [dict(kind='table', block=block)])
 
-# %% ../../nbs/evidence/14_sections.ipynb #4bed8ecc
+# %% ../../nbs/evidence/14_sections.ipynb #492d2a7d
 TITLES = {
     '1': 'Table 1: against the state of the art', '2': 'Table 2: ablation',
     '3': 'Table 3: Seg added to CMPC', 'rates': 'The search for learning rates',
@@ -446,7 +465,7 @@ HOW_TO_READ = (
     'its word. The best of a column is bold. “elsewhere” is a number that the method’s own '
     'repository prints, under the condition that the section on the race gives.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #645191cf
+# %% ../../nbs/evidence/14_sections.ipynb #55385dbe
 def table_section(
     m:Material,  # of the report
     t:str,       # "1" … "7", or "rates"
@@ -461,7 +480,7 @@ def table_section(
     if notes: parts += [dict(kind='list', lines=notes)]
     return Section(f'table{t}', TITLES[t], parts)
 
-# %% ../../nbs/evidence/14_sections.ipynb #5b9d18c4
+# %% ../../nbs/evidence/14_sections.ipynb #ff73df15
 def controls(
     frame:pd.DataFrame,  # from `results_frame`
 )->pd.DataFrame:         # dataset, split, LTS, swapped, blind, pointing, ceiling (percent, means)
@@ -476,7 +495,7 @@ def controls(
     columns = ['dataset', 'split', 'LTS', 'swapped', 'blind', 'pointing', 'ceiling']
     return pd.DataFrame(out, columns=columns)
 
-# %% ../../nbs/evidence/14_sections.ipynb #074e6746
+# %% ../../nbs/evidence/14_sections.ipynb #ab5ecef5
 _how_controlled = (
     'The sentence must decide. “swapped”: each prediction held against another object of its '
     'image; “blind”: trained with other objects’ sentences. Overall IoU in percent; pointing: the '
@@ -505,12 +524,12 @@ def evidence_section(
         parts += [dict(kind='text', text=_how_shared), dict(kind='table', block=frame_block(shown))]
     return Section('evidence', 'Does it read, and what does the grid explain?', parts)
 
-# %% ../../nbs/evidence/14_sections.ipynb #d823894a
+# %% ../../nbs/evidence/14_sections.ipynb #b811db59
 _how_raced = (
     'All methods saw the same sentences in the same batches for the same number of steps, on the '
     'same frozen features. Each has the learning rate that was best in a search on data that is '
-    'never graded (reports/dev). Below: every method at other thresholds than its own; “best on '
-    'val” is chosen on val and applied to all splits of the run.')
+    'never graded (reports/dev). Every method also stands at other thresholds (thresholds.csv): '
+    '“best on val” is chosen on val and applied to all splits of the run.')
 
 _how_costly = (
     'What a method costs: its head’s parameters and operations (the backbone is the same for all), '
@@ -528,19 +547,20 @@ _how_recorded = (
     'What the record says: numbers of Table 1’s methods that stand in another place, with the '
     'condition under which they were reached.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #81445ed2
+# %% ../../nbs/evidence/14_sections.ipynb #de90574e
 def race_section(
     m:Material,  # of the report
 )->Section:      # None where no earlier method was run
     "Thresholds, costs and settings of the methods that were run."
     if not any(method_for(r['experiment']).name != 'lts' for r in m.results): return None
     own, leads = _own_costs(m), leads_of(m.results, m.pages)
-    def shows(frame, digits, skip=()):
+    def shows(frame, digits, skip=(), **more):
         links = _links(frame, leads, skip=skip) if len(frame) else None
-        return dict(kind='table', block=frame_block(frame, digits, links=links))
+        return dict(kind='table', block=frame_block(frame, digits, links=links), **more)
     thresholds = thresholds_frame(m.results)
     thresholds = thresholds[thresholds.experiment.isin(list(own.get('experiment', [])))]
-    parts = [dict(kind='text', text=_how_raced), shows(thresholds, 2, ['own', 'best on val']),
+    parts = [dict(kind='text', text=_how_raced), 
+             shows(thresholds, 2, ['own', 'best on val'], screen=True),
              dict(kind='text', text=_how_costly), shows(own, 3)]
     settings = settings_frame(m.results)
     if len(settings): parts += [dict(kind='text', text=_how_chosen), shows(settings, 1)]
@@ -554,7 +574,7 @@ def record_section(
     return Section('record', 'What the record says',
                    [dict(kind='text', text=_how_recorded), dict(kind='table', block=block)])
 
-# %% ../../nbs/evidence/14_sections.ipynb #be7f773f
+# %% ../../nbs/evidence/14_sections.ipynb #8fb6365d
 def _examples(results, experiment, dataset, name='examples'):
     "Examples of the first seed's run, or an empty list."
     wanted, finish = (base_of(experiment), dataset), experiment.partition('@')[2]
@@ -580,7 +600,7 @@ def examples_text(
                if e['prior'].shape == e['truth'].shape)
     return f'{said} The prior has its maximum in the object in {hits} of {len(pointed)}.'
 
-# %% ../../nbs/evidence/14_sections.ipynb #9a7c43b1
+# %% ../../nbs/evidence/14_sections.ipynb #9360133e
 _captions |= {
     'figure4': 'Figure 4. Expression, image, position prior (sigmoid of the filter’s response), '
                'predicted mask, ground truth; LTS, first seed, fixed sentences of the validation '
@@ -611,7 +631,7 @@ def losses_text(
     return (f"Losses of {len(results)} runs by epoch; that of {r['run']} goes from {first:.3g} to "
             f"{last:.3g} in {len(r['history'])} epochs.")
 
-# %% ../../nbs/evidence/14_sections.ipynb #5b2815d1
+# %% ../../nbs/evidence/14_sections.ipynb #e95a28db
 def _example_figures(m, dataset):
     "Figures 4 and 5, as far as there are examples."
     out, lts = [], _examples(m.results, 'lts', dataset)[:6]
@@ -641,7 +661,7 @@ def figures_section(
     parts.append(_figure('training', training_curves(m.results), losses_text(m.results)))
     return Section('figures', 'Figures', parts)
 
-# %% ../../nbs/evidence/14_sections.ipynb #2b9f4ff5
+# %% ../../nbs/evidence/14_sections.ipynb #f6661128
 _how_failed = (
     'A sentence fails where its IoU is 0.5 or less. Localisation: the prior’s maximum lies outside '
     'the object (another object: the mask covers one); segmentation: it lies inside, and the mask '
@@ -677,7 +697,7 @@ def failures_section(
                              summary='The sentences as text', photos=True))
     return Section('failures', 'What goes wrong?', parts)
 
-# %% ../../nbs/evidence/14_sections.ipynb #3ab248c4
+# %% ../../nbs/evidence/14_sections.ipynb #4daf60bf
 _suites = Path(lts_nb.__file__).parents[1]/'reports'/'looks'/'suites.csv'
 
 def _read(path, columns):
@@ -715,7 +735,7 @@ def beyond_section(
         parts += [dict(kind='text', text=_how_simulated), dict(kind='table', block=block)]
     return Section('beyond', 'Beyond the paper', parts) if parts else None
 
-# %% ../../nbs/evidence/14_sections.ipynb #b05440b6
+# %% ../../nbs/evidence/14_sections.ipynb #b4db9cee
 def discussion_section(
     m:Material,  # of the report
 )->Section:
@@ -759,7 +779,7 @@ def checklist_section(
     return Section('checklist', 'Checklist',
                    [dict(kind='table', block=block), note_part(m.notes, 'Checklist')])
 
-# %% ../../nbs/evidence/14_sections.ipynb #8bee46d2
+# %% ../../nbs/evidence/14_sections.ipynb #e85107cc
 def _row_lines(m):
     "For each row, its runs."
     lines = []
@@ -788,7 +808,7 @@ def _experiments_behind(claim, dataset, preset):
     named = experiments_of(of, role)
     return dict.fromkeys(base_of(named[row]) for row in of.rows if row in named)
 
-# %% ../../nbs/evidence/14_sections.ipynb #c9f67177
+# %% ../../nbs/evidence/14_sections.ipynb #d562a3f1
 def made_section(
     m:Material,  # of the report
 )->Section:
@@ -802,12 +822,15 @@ def made_section(
                              code=command_of(m.preset, r)))
     whole = json.dumps(config_differences(m.results)[0], sort_keys=True, ensure_ascii=False)
     return Section('made', 'How each number was made', [
-        dict(kind='heading', text='The rows behind each claim'),
-        dict(kind='list', lines=_claim_lines(m)),
+        dict(kind='heading', text='The rows behind each claim', screen=True),
+        dict(kind='list', lines=_claim_lines(m), screen=True),
         dict(kind='heading', text='The runs behind each row'),
         dict(kind='list', lines=_row_lines(m)),
-        dict(kind='heading', text='Each run'),
-        dict(kind='table', block=frame_block(shown, links=links)),
+        dict(kind='codes', text='The command of a run', lines=[dict(text=command_of(m.preset, _any))]),
         dict(kind='codes', text='One configuration, whole', lines=[dict(text=whole)]),
-        dict(kind='heading', text='The command of each run'),
-        dict(kind='list', lines=commands)])
+        dict(kind='heading', text='Each run', screen=True),
+        dict(kind='table', block=frame_block(shown, links=links), screen=True),
+        dict(kind='heading', text='The command of each run', screen=True),
+        dict(kind='list', lines=commands, screen=True)])
+
+class _any: experiment, dataset, seed = 'EXPERIMENT', 'DATASET', "SEED"
