@@ -131,13 +131,13 @@ def report(preset:Preset='cpu', table:Tables=None, method:Methods=None,
     "Write the report from the runs there are. What is missing is named."
     from lts_nb.manual.batch import default_out
     from lts_nb.evidence.experiments import runs_for
-    from lts_nb.evidence.report import print_pdf, write_report
+    from lts_nb.evidence.report import write_report
     wanted = _cells(table, method, all_cells)
     runs_for(preset, wanted)
     folder = out or default_out(preset)
     missing = write_report(folder, preset, wanted)['missing']
     if missing: typer.echo(f'Not run yet: {", ".join(missing)}')
-    typer.echo(print_pdf(folder))
+    typer.echo(f'As PDF: {folder/"report.pdf"}')
     typer.echo(f'The report: {folder/"index.html"}')
 
 # %% ../../nbs/manual/09_cli.ipynb #33f4a48d
