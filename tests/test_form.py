@@ -90,13 +90,14 @@ def test_notes_of_any_markdown_are_set(tmp_path):
 
 
 def test_no_template_is_a_sentence(made, monkeypatch, tmp_path):
+    whole = form.TEMPLATES
     for name in ('report.html.j2', 'report.typ', 'table.html.j2', 'notes.md'):
         lacking = tmp_path/name.replace('.', '-')
-        shutil.copytree(form.TEMPLATES, lacking)
+        shutil.copytree(whole, lacking)
         (lacking/name).unlink()
         monkeypatch.setattr(form, 'TEMPLATES', lacking)
         with pytest.raises(KitError, match=re.escape(name)):
-            form.read_notes(tmp_path/'new')
+            form.read_notes(tmp_path/f'new-{name}')
             document = small([dict(kind='table', block=frame_block(pd.DataFrame({'a': [1]})))])
             form.page_of(document), form.paper_of(document, tmp_path)
 
@@ -127,7 +128,7 @@ def test_notes_are_asked_for_once_and_never_overwritten(made, tmp_path):
     assert own.read_text().startswith('## What was easy\n\nThe *numbers*')
     page = (tmp_path/'index.html').read_text()
     assert '<em>numbers</em>' in page and '&lt;script&gt;alert(1)' in page and '&lt;b&gt;bold' in page and '<script' not in page and '<b>bold' not in page
-    assert 'Words of mine.' in page and page.count('Not written yet') == 4, 'difficult, contact, discussion, checklist'
+    assert 'Words of mine.' in page and page.count('Not written yet') == 3, 'difficult, contact, discussion'
 
 
 @pytest.mark.parametrize('spoil, said', [(lambda p: p.write_bytes('## Größe'.encode('latin-1')), 'not UTF-8'), (lambda p: p.mkdir(), 'cannot be read'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tidied', 'notebook_html', 'run_page', 'write_pages']
 
-# %% ../../nbs/evidence/13_pages.ipynb #08fcfa00
+# %% ../../nbs/evidence/13_pages.ipynb #00f5611f
 import base64, hashlib, io, re
 from pathlib import Path
 from urllib.parse import quote
@@ -16,8 +16,9 @@ from ..errors import KitError, write_text
 from .experiments import module_hashes
 from .form import plain, printed, template
 
-# %% ../../nbs/evidence/13_pages.ipynb #e60dbe50
+# %% ../../nbs/evidence/13_pages.ipynb #a4055f85
 _bar = 'application/vnd.jupyter.widget-view+json'
+_shown = 'text/plain', 'text/html', 'text/markdown', 'image/png', 'image/jpeg'
 
 def tidied(
     notebook,  # as nbformat reads it; changed in place
@@ -35,11 +36,13 @@ def tidied(
         cell.outputs = [o for o in cell.outputs if _bar not in o.get('data', {})]
         for o in cell.outputs:
             if 'text' in o: o['text'] = nameless(o['text'])
-            for kind, data in o.get('data', {}).items():
-                if kind.startswith('text/'): o['data'][kind] = nameless(data)
+            if 'data' not in o: continue
+            o['data'] = {kind: nameless(data) if kind.startswith('text/') else data
+                         for kind, data in o['data'].items() if kind in _shown}
+        cell.outputs = [o for o in cell.outputs if o.get('data', True)]
     return notebook
 
-# %% ../../nbs/evidence/13_pages.ipynb #e05125b4
+# %% ../../nbs/evidence/13_pages.ipynb #30befb8b
 _tags = ('a abbr b blockquote br code dd del div dl dt em h1 h2 h3 h4 h5 h6 hr i img li ol p pre s '
          'span strong sub sup table tbody td th thead tr ul').split()
 _attributes = {'*': ['class', 'id'], 'a': ['href', 'title'], 'img': ['src', 'alt'],
@@ -72,7 +75,7 @@ def notebook_html(
     text = re.sub(r'(</?h)([1-5])\b', lambda m: f'{m[1]}{int(m[2]) + 1}', text)
     return re.sub(r'\n{2,}', '\n', text)
 
-# %% ../../nbs/evidence/13_pages.ipynb #e7e6eaf6
+# %% ../../nbs/evidence/13_pages.ipynb #d55853e7
 def _digest(*parts):
     "A short name for all that a page is made from."
     known = [module_hashes('evidence.pages')['evidence.pages']]
@@ -101,7 +104,7 @@ def run_page(
     return printed('run.html.j2', name=plain(name), command=plain(command), stamp=stamp,
                    anchor=f'run-{quote(name)}', style=style, body=body)
 
-# %% ../../nbs/evidence/13_pages.ipynb #0e07000e
+# %% ../../nbs/evidence/13_pages.ipynb #b487db47
 def write_pages(
     DIR,          # the report's folder
     results:list, # from `load_results`
