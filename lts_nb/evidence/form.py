@@ -7,7 +7,7 @@ __all__ = ['TEMPLATES', 'NOTES', 'MOST_NOTES', 'Section', 'Document', 'template'
            'table_lines', 'write_picture', 'settle', 'markdown_html', 'markdown_tree', 'note_sections', 'read_notes',
            'form_digest', 'page_of', 'paper_of', 'write_document']
 
-# %% ../../nbs/evidence/12_form.ipynb #d80f703a
+# %% ../../nbs/evidence/12_form.ipynb #fc750148
 import base64, hashlib, io, json, tempfile
 from importlib.resources import files
 from itertools import groupby
@@ -22,7 +22,7 @@ from PIL import Image
 from ..errors import KitError, atomic_path, write_text
 from .tables import Block, styled
 
-# %% ../../nbs/evidence/12_form.ipynb #0ca83208
+# %% ../../nbs/evidence/12_form.ipynb #4e8511b1
 class Section(NamedTuple):
     "A part of a report that has a heading."
     id:str      # by which an address names it
@@ -37,7 +37,7 @@ class Document(NamedTuple):
     sections:list  # of Section
     foot:str=''    # the last line
 
-# %% ../../nbs/evidence/12_form.ipynb #87c9367d
+# %% ../../nbs/evidence/12_form.ipynb #f500dd27
 TEMPLATES = files('lts_nb')/'templates'
 
 def template(
@@ -59,7 +59,7 @@ def printed(
     own = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return own.get_template(page).render(**values)
 
-# %% ../../nbs/evidence/12_form.ipynb #ecac1173
+# %% ../../nbs/evidence/12_form.ipynb #9ce68759
 def plain(
     text,   # anything
 )->str:     # on one line, printable
@@ -86,7 +86,7 @@ def frame_block(
     return Block(title, cells, pd.DataFrame(False, cells.index, cells.columns), to,
                  tuple(running))
 
-# %% ../../nbs/evidence/12_form.ipynb #11092422
+# %% ../../nbs/evidence/12_form.ipynb #308f10e5
 def _linked(text, href):
     "A text that leads somewhere, as HTML."
     return Markup('<a href="{}">{}</a>').format(href, text) if href else text
@@ -110,7 +110,7 @@ def table_html(
     text = style.to_html()
     return text[text.index('<table>'):]
 
-# %% ../../nbs/evidence/12_form.ipynb #88fe7fdb
+# %% ../../nbs/evidence/12_form.ipynb #4558c4d7
 def table_lines(
     block:Block, # from `frame_block` or `tables.table_blocks`
 )->dict:         # title, head [[text, span]], body [[text, best]], running [index], columns
@@ -130,12 +130,12 @@ def table_lines(
     return dict(title='' if grouped else block.title, head=head, body=body, running=running,
                 columns=len(head[-1]))
 
-# %% ../../nbs/evidence/12_form.ipynb #75ad3bdc
+# %% ../../nbs/evidence/12_form.ipynb #56aa15fd
 def write_picture(
     fig,          # a matplotlib Figure; closed afterwards
     path,         # .webp to write; replaced in one step
     photos=False, # it shows photographs: compress with loss
-    dpi:int=160,  # sharp on a dense screen and on paper
+    dpi:int=130,  # sharp on a dense screen and on paper
 )->tuple:         # (width, height) at which a page shows it, CSS pixels
     "Write a figure as WebP, the same bytes for the same data."
     drawn = io.BytesIO()
@@ -165,7 +165,7 @@ def settle(
         sections.append(s._replace(parts=[_settled(p, folder) for p in s.parts]))
     return document._replace(sections=sections)
 
-# %% ../../nbs/evidence/12_form.ipynb #5c4794b4
+# %% ../../nbs/evidence/12_form.ipynb #dc1956d7
 _markdown = MarkdownIt('commonmark', {'html': False}).disable('image')
 
 def markdown_html(
@@ -177,7 +177,7 @@ def markdown_html(
         if t.type in ('heading_open', 'heading_close'): t.tag = 'h4'
     return _markdown.renderer.render(tokens, _markdown.options, {})
 
-# %% ../../nbs/evidence/12_form.ipynb #86c31ba5
+# %% ../../nbs/evidence/12_form.ipynb #76494c0a
 _kinds = dict(strong='strong', em='em', code_inline='code', code_block='block-code',
               fence='block-code', hardbreak='break', heading='heading', bullet_list='list',
               ordered_list='enum', blockquote='quote', hr='rule', paragraph='paragraph')
@@ -204,7 +204,7 @@ def markdown_tree(
     root = SyntaxTreeNode(_markdown.parse(text))
     return [_tree(node) for node in root.children]
 
-# %% ../../nbs/evidence/12_form.ipynb #83888681
+# %% ../../nbs/evidence/12_form.ipynb #da867178
 NOTES = 'notes.md'
 MOST_NOTES = 200_000  # bytes
 
@@ -240,7 +240,7 @@ def read_notes(
     notes = {title: '' if text == questions.get(title) else text for title, text in notes.items()}
     return dict.fromkeys(questions, '') | notes
 
-# %% ../../nbs/evidence/12_form.ipynb #b92fb047
+# %% ../../nbs/evidence/12_form.ipynb #cf3945df
 def form_digest(
     folder,  # of the report
 )->str:      # changes with a template, and with the user's notes
@@ -252,7 +252,7 @@ def form_digest(
     parts.append(notes.read_bytes() if notes.is_file() else template(NOTES).encode())
     return hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]
 
-# %% ../../nbs/evidence/12_form.ipynb #f985e2ad
+# %% ../../nbs/evidence/12_form.ipynb #94aacc2f
 def _html_part(part, section):
     "What the template needs of a part, beside its texts."
     if part['kind'] == 'table':
@@ -272,7 +272,7 @@ def page_of(
     values = document._replace(sections=sections)._asdict()
     return printed('report.html.j2', style=template('report.css'), **values)
 
-# %% ../../nbs/evidence/12_form.ipynb #c9743cba
+# %% ../../nbs/evidence/12_form.ipynb #c2eee765
 def _paper_path(part):
     "Where a picture lies for the typesetter. A PDF holds a JPEG as it is, and nothing else so small."
     return f"{part['name']}.{'jpg' if part.get('photos') else 'png'}"
@@ -333,7 +333,7 @@ def paper_of(
         mend = 'The page index.html is whole: print it from a browser'
         raise KitError(f'the PDF could not be typeset ({e.message})', 'report.typ', mend) from e
 
-# %% ../../nbs/evidence/12_form.ipynb #19656722
+# %% ../../nbs/evidence/12_form.ipynb #2caf679f
 def write_document(
     document:Document, # with its figures drawn
     folder,            # of the report

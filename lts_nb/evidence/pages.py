@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tidied', 'notebook_html', 'run_page', 'write_pages']
 
-# %% ../../nbs/evidence/13_pages.ipynb #00f5611f
+# %% ../../nbs/evidence/13_pages.ipynb #7a3992f8
 import base64, hashlib, io, re
 from pathlib import Path
 from urllib.parse import quote
@@ -16,7 +16,7 @@ from ..errors import KitError, write_text
 from .experiments import module_hashes
 from .form import plain, printed, template
 
-# %% ../../nbs/evidence/13_pages.ipynb #a4055f85
+# %% ../../nbs/evidence/13_pages.ipynb #00e41823
 _bar = 'application/vnd.jupyter.widget-view+json'
 _shown = 'text/plain', 'text/html', 'text/markdown', 'image/png', 'image/jpeg'
 
@@ -37,12 +37,15 @@ def tidied(
         for o in cell.outputs:
             if 'text' in o: o['text'] = nameless(o['text'])
             if 'data' not in o: continue
+            # pandas sends a style with each table, and a page has one of its own
+            if html := o['data'].get('text/html'):
+                o['data']['text/html'] = re.sub(r'<style.*?</style>', '', html, flags=re.DOTALL)
             o['data'] = {kind: nameless(data) if kind.startswith('text/') else data
                          for kind, data in o['data'].items() if kind in _shown}
         cell.outputs = [o for o in cell.outputs if o.get('data', True)]
     return notebook
 
-# %% ../../nbs/evidence/13_pages.ipynb #30befb8b
+# %% ../../nbs/evidence/13_pages.ipynb #efcabf9b
 _tags = ('a abbr b blockquote br code dd del div dl dt em h1 h2 h3 h4 h5 h6 hr i img li ol p pre s '
          'span strong sub sup table tbody td th thead tr ul').split()
 _attributes = {'*': ['class', 'id'], 'a': ['href', 'title'], 'img': ['src', 'alt'],
@@ -75,7 +78,7 @@ def notebook_html(
     text = re.sub(r'(</?h)([1-5])\b', lambda m: f'{m[1]}{int(m[2]) + 1}', text)
     return re.sub(r'\n{2,}', '\n', text)
 
-# %% ../../nbs/evidence/13_pages.ipynb #d55853e7
+# %% ../../nbs/evidence/13_pages.ipynb #faf86e39
 def _digest(*parts):
     "A short name for all that a page is made from."
     known = [module_hashes('evidence.pages')['evidence.pages']]
@@ -104,7 +107,7 @@ def run_page(
     return printed('run.html.j2', name=plain(name), command=plain(command), stamp=stamp,
                    anchor=f'run-{quote(name)}', style=style, body=body)
 
-# %% ../../nbs/evidence/13_pages.ipynb #b487db47
+# %% ../../nbs/evidence/13_pages.ipynb #a806c655
 def write_pages(
     DIR,          # the report's folder
     results:list, # from `load_results`
