@@ -7,7 +7,7 @@ __all__ = ['TEMPLATES', 'NOTES', 'MOST_NOTES', 'Section', 'Document', 'template'
            'table_lines', 'write_picture', 'settle', 'markdown_html', 'markdown_tree', 'note_sections', 'read_notes',
            'form_digest', 'page_of', 'paper_of', 'write_document']
 
-# %% ../../nbs/evidence/12_form.ipynb #fc750148
+# %% ../../nbs/evidence/12_form.ipynb #9cbda978
 import base64, hashlib, io, json, tempfile
 from importlib.resources import files
 from itertools import groupby
@@ -22,7 +22,7 @@ from PIL import Image
 from ..errors import KitError, atomic_path, write_text
 from .tables import Block, styled
 
-# %% ../../nbs/evidence/12_form.ipynb #4e8511b1
+# %% ../../nbs/evidence/12_form.ipynb #8bc8aa4b
 class Section(NamedTuple):
     "A part of a report that has a heading."
     id:str      # by which an address names it
@@ -37,7 +37,7 @@ class Document(NamedTuple):
     sections:list  # of Section
     foot:str=''    # the last line
 
-# %% ../../nbs/evidence/12_form.ipynb #f500dd27
+# %% ../../nbs/evidence/12_form.ipynb #d9ce3f8d
 TEMPLATES = files('lts_nb')/'templates'
 
 def template(
@@ -59,7 +59,7 @@ def printed(
     own = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return own.get_template(page).render(**values)
 
-# %% ../../nbs/evidence/12_form.ipynb #9ce68759
+# %% ../../nbs/evidence/12_form.ipynb #24776abc
 def plain(
     text,   # anything
 )->str:     # on one line, printable
@@ -86,7 +86,7 @@ def frame_block(
     return Block(title, cells, pd.DataFrame(False, cells.index, cells.columns), to,
                  tuple(running))
 
-# %% ../../nbs/evidence/12_form.ipynb #308f10e5
+# %% ../../nbs/evidence/12_form.ipynb #65c72d02
 def _linked(text, href):
     "A text that leads somewhere, as HTML."
     return Markup('<a href="{}">{}</a>').format(href, text) if href else text
@@ -110,7 +110,7 @@ def table_html(
     text = style.to_html()
     return text[text.index('<table>'):]
 
-# %% ../../nbs/evidence/12_form.ipynb #4558c4d7
+# %% ../../nbs/evidence/12_form.ipynb #c372c41e
 def table_lines(
     block:Block, # from `frame_block` or `tables.table_blocks`
 )->dict:         # title, head [[text, span]], body [[text, best]], running [index], columns
@@ -130,7 +130,7 @@ def table_lines(
     return dict(title='' if grouped else block.title, head=head, body=body, running=running,
                 columns=len(head[-1]))
 
-# %% ../../nbs/evidence/12_form.ipynb #56aa15fd
+# %% ../../nbs/evidence/12_form.ipynb #1899bbf3
 def write_picture(
     fig,          # a matplotlib Figure; closed afterwards
     path,         # .webp to write; replaced in one step
@@ -165,7 +165,7 @@ def settle(
         sections.append(s._replace(parts=[_settled(p, folder) for p in s.parts]))
     return document._replace(sections=sections)
 
-# %% ../../nbs/evidence/12_form.ipynb #dc1956d7
+# %% ../../nbs/evidence/12_form.ipynb #3d2acce2
 _markdown = MarkdownIt('commonmark', {'html': False}).disable('image')
 
 def markdown_html(
@@ -177,7 +177,7 @@ def markdown_html(
         if t.type in ('heading_open', 'heading_close'): t.tag = 'h4'
     return _markdown.renderer.render(tokens, _markdown.options, {})
 
-# %% ../../nbs/evidence/12_form.ipynb #76494c0a
+# %% ../../nbs/evidence/12_form.ipynb #ed0f3a37
 _kinds = dict(strong='strong', em='em', code_inline='code', code_block='block-code',
               fence='block-code', hardbreak='break', heading='heading', bullet_list='list',
               ordered_list='enum', blockquote='quote', hr='rule', paragraph='paragraph')
@@ -204,7 +204,7 @@ def markdown_tree(
     root = SyntaxTreeNode(_markdown.parse(text))
     return [_tree(node) for node in root.children]
 
-# %% ../../nbs/evidence/12_form.ipynb #da867178
+# %% ../../nbs/evidence/12_form.ipynb #39d774c3
 NOTES = 'notes.md'
 MOST_NOTES = 200_000  # bytes
 
@@ -240,7 +240,7 @@ def read_notes(
     notes = {title: '' if text == questions.get(title) else text for title, text in notes.items()}
     return dict.fromkeys(questions, '') | notes
 
-# %% ../../nbs/evidence/12_form.ipynb #cf3945df
+# %% ../../nbs/evidence/12_form.ipynb #161f13c4
 def form_digest(
     folder,  # of the report
 )->str:      # changes with a template, and with the user's notes
@@ -252,7 +252,7 @@ def form_digest(
     parts.append(notes.read_bytes() if notes.is_file() else template(NOTES).encode())
     return hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]
 
-# %% ../../nbs/evidence/12_form.ipynb #94aacc2f
+# %% ../../nbs/evidence/12_form.ipynb #8c488cdd
 def _html_part(part, section):
     "What the template needs of a part, beside its texts."
     if part['kind'] == 'table':
@@ -272,9 +272,9 @@ def page_of(
     values = document._replace(sections=sections)._asdict()
     return printed('report.html.j2', style=template('report.css'), **values)
 
-# %% ../../nbs/evidence/12_form.ipynb #c2eee765
+# %% ../../nbs/evidence/12_form.ipynb #671ab873
 def _paper_path(part):
-    "Where a picture lies for the typesetter. A PDF holds a JPEG as it is, and nothing else so small."
+    "Where a picture lies for the typesetter. A PDF holds a JPEG as it is, and all else unpacked."
     return f"{part['name']}.{'jpg' if part.get('photos') else 'png'}"
 
 def _lay_out(parts, folder, root):
@@ -297,8 +297,8 @@ def _paper_part(part):
         # on paper nobody opens what a picture says in words; sentences are no such words
         lines = part['lines'] if part.get('photos') else []
         width, height = part['size']
-        return dict(kind=kind, wide=width/700, tall=height/width, lines=lines, path=_paper_path(part),
-                    **kept)
+        return dict(kind=kind, wide=width/700, tall=height/width, lines=lines,
+                    path=_paper_path(part), **kept)
     if kind in ('list', 'codes'): return part | dict(lines=[_paper_line(l) for l in part['lines']])
     return part
 
@@ -307,6 +307,7 @@ def _paper_line(line):
     named = ', '.join(text for text, _ in line.get('links', []))
     return dict(text=f"{line['text']} {named}".strip(), code=line.get('code', ''))
 
+# %% ../../nbs/evidence/12_form.ipynb #ba95e2c9
 def paper_of(
     document:Document, # settled: its pictures are written
     folder,            # of the report, which holds them
@@ -333,7 +334,7 @@ def paper_of(
         mend = 'The page index.html is whole: print it from a browser'
         raise KitError(f'the PDF could not be typeset ({e.message})', 'report.typ', mend) from e
 
-# %% ../../nbs/evidence/12_form.ipynb #2caf679f
+# %% ../../nbs/evidence/12_form.ipynb #39c6fb94
 def write_document(
     document:Document, # with its figures drawn
     folder,            # of the report

@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'HOW_JUDGED', 'HOW_LOOKED', 'TITLES', 'HOW_TO_READ', 'Materi
            'figures_section', 'failures_section', 'beyond_section', 'discussion_section', 'checklist_frame',
            'checklist_section', 'made_section']
 
-# %% ../../nbs/evidence/14_sections.ipynb #0696aaae
+# %% ../../nbs/evidence/14_sections.ipynb #541e0090
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +35,7 @@ from .tables import (best_rates, costs_frame, finishes_of, notes_of, rates_grid,
                                     seg_grid_share, settings_frame, table_blocks,
                                     thresholds_frame)
 
-# %% ../../nbs/evidence/14_sections.ipynb #4b419bd7
+# %% ../../nbs/evidence/14_sections.ipynb #4e20601d
 class Material(NamedTuple):
     "All that a report says something about."
     preset:str            # smoke, cpu, gpu or paper
@@ -51,7 +51,7 @@ class Material(NamedTuple):
     failed:tuple          # names of runs
     said:list             # sentences about pages that could not be made
 
-# %% ../../nbs/evidence/14_sections.ipynb #5fc425ff
+# %% ../../nbs/evidence/14_sections.ipynb #f2a26b22
 def _circumstances(r):
     "One line of `runs_frame`."
     c, h = r['config'], r['hardware']
@@ -76,7 +76,7 @@ def runs_frame(
             raise KitError(what, r['folder']/'result.json', mend) from e
     return pd.DataFrame(out)
 
-# %% ../../nbs/evidence/14_sections.ipynb #4e305f93
+# %% ../../nbs/evidence/14_sections.ipynb #b3974a41
 def _flat(config, prefix=''):
     "{'model.n': 1, …} of a configuration, without what names the run or says where it ran."
     skip = ('run', 'experiment', 'preset', 'compute', 'splits')
@@ -87,7 +87,7 @@ def _flat(config, prefix=''):
         else: flat[f'{prefix}{k}'] = v
     return flat
 
-# %% ../../nbs/evidence/14_sections.ipynb #e316be3b
+# %% ../../nbs/evidence/14_sections.ipynb #c6eb9e00
 def config_differences(
     results:list,  # from `load_results`
 )->tuple:          # base configuration, nested; DataFrame run, departs: "model.n=2, data.size=160"
@@ -107,7 +107,7 @@ def config_differences(
         rows.append((r['run'], ', '.join(departs) or '–'))
     return base, pd.DataFrame(rows, columns=['run', 'departs'])
 
-# %% ../../nbs/evidence/14_sections.ipynb #69a72ce1
+# %% ../../nbs/evidence/14_sections.ipynb #11a0a99c
 def command_of(
     preset:str, # smoke, cpu, gpu or paper
     run,        # a line of `runs_frame`
@@ -116,7 +116,7 @@ def command_of(
     return (f'papermill nbs/runs/train.ipynb out.ipynb -p experiment {run.experiment} '
             f'-p dataset {run.dataset} -p preset {preset} -p seed {run.seed}')
 
-# %% ../../nbs/evidence/14_sections.ipynb #e64fc460
+# %% ../../nbs/evidence/14_sections.ipynb #301a3923
 def _anchor(*names): return '-'.join(map(quote, names))
 
 def leads_of(
@@ -126,7 +126,8 @@ def leads_of(
     "Where a number leads: to its run, or to the line that lists its runs."
     by_row = {}
     for r in results:
-        for experiment in finishes_of(r): by_row.setdefault((experiment, r['dataset']), []).append(r)
+        for experiment in finishes_of(r):
+            by_row.setdefault((experiment, r['dataset']), []).append(r)
     leads = {}
     for (experiment, dataset), runs in by_row.items():
         name = runs[0]['run']
@@ -142,7 +143,7 @@ def _links(frame, leads, experiment=None, skip=()):
     numbers = [c for c in frame.select_dtypes('number') if c not in skip]
     return pd.DataFrame({c: to for c in numbers}, frame.index)
 
-# %% ../../nbs/evidence/14_sections.ipynb #6053ddd9
+# %% ../../nbs/evidence/14_sections.ipynb #8b120712
 _captions = {
     'forest': 'Every claim on every split that it is judged on: hollow mark, the paper’s value; '
               'filled mark and line, our effect and its interval; the band is the margin of one '
@@ -172,13 +173,12 @@ def _figure(name, fig, alt, lines=(), caption=None, summary='', photos=False):
                 caption=caption or _captions[name], photos=photos,
                 summary=summary or 'The picture in words')
 
-# %% ../../nbs/evidence/14_sections.ipynb #de176363
-def _correlated(ranks, claims):
+# %% ../../nbs/evidence/14_sections.ipynb #61a79d89
+def _correlated(ranks):
     "A sentence a split: how far the paper's order of methods and ours agree."
-    said = []
+    said, ranks = [], ranks.rename(columns={'tau low': 'low', 'tau high': 'high'})
     for r in ranks.itertuples():
-        low, high = r[ranks.columns.get_loc('tau low') + 1], r[ranks.columns.get_loc('tau high') + 1]
-        span = '' if pd.isna(low) else f' [{low:.2f} … {high:.2f}]'
+        span = '' if pd.isna(r.low) else f' [{r.low:.2f} … {r.high:.2f}]'
         said.append(f'{NAMES.get(r.dataset, r.dataset)} {r.split}: Kendall’s τ {r.tau:.2f}{span} '
                     f'over {r.methods} methods')
     return [text.replace('-', '−') for text in said]
@@ -186,6 +186,7 @@ def _correlated(ranks, claims):
 NAMES = {'refshapes': 'RefShapes', 'refshapes+': 'RefShapes+', 'refshapesg': 'RefShapesg',
          'refcoco': 'RefCOCO', 'refcoco+': 'RefCOCO+', 'refcocog': 'RefCOCOg'}
 
+# %% ../../nbs/evidence/14_sections.ipynb #37f19be1
 def glance_section(
     m:Material,  # of the report
 )->Section:
@@ -203,7 +204,7 @@ def glance_section(
         first, *rest = methods_text(table1, intervals, dataset).split('\n')
         fig = methods_plot(table1, intervals, dataset)
         parts.append(_figure('methods', fig, ' '.join([first, *rest[:1]]), rest))
-        agree = _correlated(rank_correlation(table1, m.results), claims)
+        agree = _correlated(rank_correlation(table1, m.results))
         lines = [dict(text=text) for text in agree]
         if agree: parts += [dict(kind='text', text=_how_correlated), dict(kind='list', lines=lines)]
     own = _own_costs(m)
@@ -219,9 +220,10 @@ _how_correlated = (
     'How far does the paper’s order of the methods return? 1 is the same order, 0 is none in '
     'common, −1 the reverse; in brackets 95 % over images and seeds.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #ef58e4b2
+# %% ../../nbs/evidence/14_sections.ipynb #e7dc21f9
 _WHOSE = f'Written by the person who ran this, in {NOTES}.'
-_UNWRITTEN = f'Not written yet: a program cannot know this. It belongs in {NOTES}, under this heading.'
+_UNWRITTEN = (f'Not written yet: a program cannot know this. It belongs in {NOTES}, under this '
+              'heading.')
 
 def note_part(
     notes:dict,  # of `form.read_notes`
@@ -243,7 +245,7 @@ def _counted(claims):
         counts[dataset] = ', '.join(f'{n} {v}' for v, n in c.verdict.value_counts().items())
     return counts
 
-# %% ../../nbs/evidence/14_sections.ipynb #b12cc79a
+# %% ../../nbs/evidence/14_sections.ipynb #4471e137
 def _scope(m):
     own = sorted({method_for(r['experiment']).title for r in m.results})
     stand_in = ('RefShapes, a benchmark that the kit makes itself, stands in for RefCOCO: a '
@@ -274,6 +276,7 @@ def _outcome(m):
                          f'{NAMES[line.dataset]}: {line.paper:.1f} %).')
     return ' '.join(parts)
 
+# %% ../../nbs/evidence/14_sections.ipynb #1c900f8a
 def summary_section(
     m:Material,  # of the report
 )->Section:
@@ -285,7 +288,7 @@ def summary_section(
     written = 'What was easy', 'What was difficult', 'Contact with the authors'
     return Section('summary', 'Summary', parts + [note_part(m.notes, t) for t in written])
 
-# %% ../../nbs/evidence/14_sections.ipynb #a34757dc
+# %% ../../nbs/evidence/14_sections.ipynb #f5a6b975
 HOW_JUDGED = (
     'A claim is about overall IoU in points. Its interval is the envelope of two 95 % '
     'intervals: over test images (paired bootstrap) and over training seeds (Student’s t). '
@@ -300,7 +303,7 @@ HOW_LOOKED = (
     'belongs to the look: seeds (Student’s t with the critical value of the look) and images '
     '(97 %), joined as independent errors. effects.csv has every look.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #272e4022
+# %% ../../nbs/evidence/14_sections.ipynb #11881951
 _claim_columns = ['claim', 'split', 'verdict', 'published', 'effect', 'interval', 'seeds',
                   'holds after correction', 'why', 'source']
 
@@ -329,7 +332,7 @@ def _pair(claim, dataset):
     known = [c.claim for c in CLAIMS]
     return _anchor('claim', str(known.index(claim)), dataset)
 
-# %% ../../nbs/evidence/14_sections.ipynb #32e26012
+# %% ../../nbs/evidence/14_sections.ipynb #85edd624
 def _frozen(preset, dataset, print_):
     "A fingerprint, and whether it is the frozen one."
     frozen = FROZEN.get(preset, {}).get(dataset)
@@ -365,7 +368,7 @@ _how_sized = ('Parameters and operations of the whole network, with the backbone
               'notebooks, each with the place in its paper.')
 _how_fingered = 'Sentences that were scored, and the fingerprint of the data they belong to.'
 
-# %% ../../nbs/evidence/14_sections.ipynb #7b3e69f8
+# %% ../../nbs/evidence/14_sections.ipynb #b80c43e7
 _dev = Path(lts_nb.__file__).parents[1]/'reports'/'dev'/'tablerates.csv'
 
 def _searched():
@@ -378,6 +381,7 @@ def _searched():
     frame = pd.DataFrame({'method': list(best), 'learning rate': rates})
     return [dict(kind='text', text=_how_searched), dict(kind='table', block=frame_block(frame))]
 
+# %% ../../nbs/evidence/14_sections.ipynb #31bc56fb
 def _one_each(results):
     "One run of each experiment: of the first LTS run's data set and seed, if there is one."
     base = next((r for r in results if r['experiment'] == 'lts'), results[0])
@@ -413,7 +417,7 @@ _how_searched = (
     'graded (reports/dev): the rate with the highest overall IoU was kept. All other settings are '
     'those of its paper or of its official code.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #317b147d
+# %% ../../nbs/evidence/14_sections.ipynb #840a5382
 def _head_gflops(r):
     "Operations of what is trained, GFLOP for one sentence."
     parts = r.get('parts')
@@ -452,7 +456,7 @@ def compute_section(
     block = frame_block(compute_frame(m.runs, m.results), running=['how much'])
     return Section('compute', 'Setup and compute', [dict(kind='table', block=block)])
 
-# %% ../../nbs/evidence/14_sections.ipynb #492d2a7d
+# %% ../../nbs/evidence/14_sections.ipynb #e1f4dfbe
 TITLES = {
     '1': 'Table 1: against the state of the art', '2': 'Table 2: ablation',
     '3': 'Table 3: Seg added to CMPC', 'rates': 'The search for learning rates',
@@ -465,7 +469,7 @@ HOW_TO_READ = (
     'its word. The best of a column is bold. “elsewhere” is a number that the method’s own '
     'repository prints, under the condition that the section on the race gives.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #55385dbe
+# %% ../../nbs/evidence/14_sections.ipynb #012bac51
 def table_section(
     m:Material,  # of the report
     t:str,       # "1" … "7", or "rates"
@@ -480,7 +484,7 @@ def table_section(
     if notes: parts += [dict(kind='list', lines=notes)]
     return Section(f'table{t}', TITLES[t], parts)
 
-# %% ../../nbs/evidence/14_sections.ipynb #ff73df15
+# %% ../../nbs/evidence/14_sections.ipynb #a8ee1d93
 def controls(
     frame:pd.DataFrame,  # from `results_frame`
 )->pd.DataFrame:         # dataset, split, LTS, swapped, blind, pointing, ceiling (percent, means)
@@ -495,7 +499,7 @@ def controls(
     columns = ['dataset', 'split', 'LTS', 'swapped', 'blind', 'pointing', 'ceiling']
     return pd.DataFrame(out, columns=columns)
 
-# %% ../../nbs/evidence/14_sections.ipynb #ab5ecef5
+# %% ../../nbs/evidence/14_sections.ipynb #a8980f74
 _how_controlled = (
     'The sentence must decide. “swapped”: each prediction held against another object of its '
     'image; “blind”: trained with other objects’ sentences. Overall IoU in percent; pointing: the '
@@ -524,7 +528,7 @@ def evidence_section(
         parts += [dict(kind='text', text=_how_shared), dict(kind='table', block=frame_block(shown))]
     return Section('evidence', 'Does it read, and what does the grid explain?', parts)
 
-# %% ../../nbs/evidence/14_sections.ipynb #b811db59
+# %% ../../nbs/evidence/14_sections.ipynb #80283dd4
 _how_raced = (
     'All methods saw the same sentences in the same batches for the same number of steps, on the '
     'same frozen features. Each has the learning rate that was best in a search on data that is '
@@ -547,7 +551,7 @@ _how_recorded = (
     'What the record says: numbers of Table 1’s methods that stand in another place, with the '
     'condition under which they were reached.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #de90574e
+# %% ../../nbs/evidence/14_sections.ipynb #b6309368
 def race_section(
     m:Material,  # of the report
 )->Section:      # None where no earlier method was run
@@ -574,7 +578,7 @@ def record_section(
     return Section('record', 'What the record says',
                    [dict(kind='text', text=_how_recorded), dict(kind='table', block=block)])
 
-# %% ../../nbs/evidence/14_sections.ipynb #8fb6365d
+# %% ../../nbs/evidence/14_sections.ipynb #48ac95ec
 def _examples(results, experiment, dataset, name='examples'):
     "Examples of the first seed's run, or an empty list."
     wanted, finish = (base_of(experiment), dataset), experiment.partition('@')[2]
@@ -600,7 +604,7 @@ def examples_text(
                if e['prior'].shape == e['truth'].shape)
     return f'{said} The prior has its maximum in the object in {hits} of {len(pointed)}.'
 
-# %% ../../nbs/evidence/14_sections.ipynb #9360133e
+# %% ../../nbs/evidence/14_sections.ipynb #dab419d4
 _captions |= {
     'figure4': 'Figure 4. Expression, image, position prior (sigmoid of the filter’s response), '
                'predicted mask, ground truth; LTS, first seed, fixed sentences of the validation '
@@ -631,7 +635,7 @@ def losses_text(
     return (f"Losses of {len(results)} runs by epoch; that of {r['run']} goes from {first:.3g} to "
             f"{last:.3g} in {len(r['history'])} epochs.")
 
-# %% ../../nbs/evidence/14_sections.ipynb #e95a28db
+# %% ../../nbs/evidence/14_sections.ipynb #dce8e707
 def _example_figures(m, dataset):
     "Figures 4 and 5, as far as there are examples."
     out, lts = [], _examples(m.results, 'lts', dataset)[:6]
@@ -661,7 +665,7 @@ def figures_section(
     parts.append(_figure('training', training_curves(m.results), losses_text(m.results)))
     return Section('figures', 'Figures', parts)
 
-# %% ../../nbs/evidence/14_sections.ipynb #f6661128
+# %% ../../nbs/evidence/14_sections.ipynb #f249afb7
 _how_failed = (
     'A sentence fails where its IoU is 0.5 or less. Localisation: the prior’s maximum lies outside '
     'the object (another object: the mask covers one); segmentation: it lies inside, and the mask '
@@ -689,15 +693,15 @@ def failures_section(
     bins = bins[bins.dataset == dataset]
     if len(bins):
         said = [f'{b.by} {b.level}: {b.oIoU:.0f}' for b in bins.itertuples()]
-        parts.append(_figure('breakdown', breakdown_bars(dict(list(bins.groupby('by', sort=False)))),
-                             'Overall IoU in percent. ' + '; '.join(said) + '.',
+        fig = breakdown_bars(dict(list(bins.groupby('by', sort=False))))
+        parts.append(_figure('breakdown', fig, 'Overall IoU in percent. ' + '; '.join(said) + '.',
                              caption=f'LTS on {dataset}' + _captions['breakdown']))
     if worst := _examples(m.results, 'lts', dataset, 'worst'):
         parts.append(_figure('worst', figure4(worst), examples_text(worst), _sentences(worst),
                              summary='The sentences as text', photos=True))
     return Section('failures', 'What goes wrong?', parts)
 
-# %% ../../nbs/evidence/14_sections.ipynb #4daf60bf
+# %% ../../nbs/evidence/14_sections.ipynb #3db506df
 _suites = Path(lts_nb.__file__).parents[1]/'reports'/'looks'/'suites.csv'
 
 def _read(path, columns):
@@ -735,19 +739,23 @@ def beyond_section(
         parts += [dict(kind='text', text=_how_simulated), dict(kind='table', block=block)]
     return Section('beyond', 'Beyond the paper', parts) if parts else None
 
-# %% ../../nbs/evidence/14_sections.ipynb #b4db9cee
+# %% ../../nbs/evidence/14_sections.ipynb #3d0ada2f
 def discussion_section(
     m:Material,  # of the report
 )->Section:
     "What a person makes of it, and whatever else stands in the notes."
     known = 'What was easy', 'What was difficult', 'Contact with the authors', 'Checklist'
     own = [t for t in m.notes if t not in (*known, 'Discussion')]
-    return Section('discussion', 'Discussion', [note_part(m.notes, t) for t in ('Discussion', *own)])
+    notes = [note_part(m.notes, t) for t in ('Discussion', *own)]
+    return Section('discussion', 'Discussion', notes)
 
+# %% ../../nbs/evidence/14_sections.ipynb #18f7f8fe
 def _frozen_all(m):
     frozen = FROZEN.get(m.preset, {})
     same = all(frozen.get(d) == p for d, p in zip(m.runs.dataset, m.runs.fingerprint))
-    return 'yes' if frozen and same else 'no'
+    return _yes(frozen and same)
+
+def _yes(so): return 'yes' if so else 'no'
 
 def checklist_frame(
     m:Material,  # of the report
@@ -756,19 +764,21 @@ def checklist_frame(
     per = m.runs.groupby(['experiment', 'dataset']).size()
     codes = sorted({str(c) for c in m.runs.commit})
     lacks = len(m.missing) + len(m.failed)
+    claims, compute = 'What of the paper holds here?', 'Setup and compute'
+    control, made = 'Does it read, and what does the grid explain?', 'How each number was made'
     points = [
-        ('Every claim is quoted with its place in the paper', 'yes', 'What of the paper holds here?'),
-        ('One version of the code made all numbers', 'yes' if len(codes) == 1 else 'no', 'Setup and compute'),
+        ('Every claim is quoted with its place in the paper', 'yes', claims),
+        ('One version of the code made all numbers', _yes(len(codes) == 1), compute),
         ('The data are the frozen ones', _frozen_all(m), 'Model and data'),
         ('All settings of every run are given', 'yes', 'Hyper-parameters'),
-        ('Training seeds of a row', f'{per.min()} to {per.max()}', 'How each number was made'),
-        ('Every verdict has an interval over images and seeds', 'yes', 'What of the paper holds here?'),
-        ('Many verdicts at once are corrected for', 'yes (Holm)', 'What of the paper holds here?'),
-        ('A control shows that the sentence decides', 'yes', 'Does it read, and what does the grid explain?'),
-        ('Hours, operations and memory are given', 'yes', 'Setup and compute'),
-        ('Energy is given', 'no' if 'unknown' in _energy(m.results) else 'yes', 'Setup and compute'),
+        ('Training seeds of a row', f'{per.min()} to {per.max()}', made),
+        ('Every verdict has an interval over images and seeds', 'yes', claims),
+        ('Many verdicts at once are corrected for', 'yes (Holm)', claims),
+        ('A control shows that the sentence decides', 'yes', control),
+        ('Hours, operations and memory are given', 'yes', compute),
+        ('Energy is given', _yes('unknown' not in _energy(m.results)), compute),
         ('Runs that are missing or failed', str(lacks), 'Before you read'),
-        ('The command of every run is given', 'yes', 'How each number was made')]
+        ('The command of every run is given', 'yes', made)]
     return pd.DataFrame(points, columns=['point', 'answer', 'where'])
 
 def checklist_section(
@@ -779,7 +789,7 @@ def checklist_section(
     return Section('checklist', 'Checklist',
                    [dict(kind='table', block=block), note_part(m.notes, 'Checklist')])
 
-# %% ../../nbs/evidence/14_sections.ipynb #e85107cc
+# %% ../../nbs/evidence/14_sections.ipynb #56f90846
 def _row_lines(m):
     "For each row, its runs."
     lines = []
@@ -808,7 +818,7 @@ def _experiments_behind(claim, dataset, preset):
     named = experiments_of(of, role)
     return dict.fromkeys(base_of(named[row]) for row in of.rows if row in named)
 
-# %% ../../nbs/evidence/14_sections.ipynb #d562a3f1
+# %% ../../nbs/evidence/14_sections.ipynb #b58ef115
 def made_section(
     m:Material,  # of the report
 )->Section:
@@ -826,7 +836,8 @@ def made_section(
         dict(kind='list', lines=_claim_lines(m), screen=True),
         dict(kind='heading', text='The runs behind each row'),
         dict(kind='list', lines=_row_lines(m)),
-        dict(kind='codes', text='The command of a run', lines=[dict(text=command_of(m.preset, _any))]),
+        dict(kind='codes', text='The command of a run',
+             lines=[dict(text=command_of(m.preset, _any))]),
         dict(kind='codes', text='One configuration, whole', lines=[dict(text=whole)]),
         dict(kind='heading', text='Each run', screen=True),
         dict(kind='table', block=frame_block(shown, links=links), screen=True),

@@ -551,8 +551,8 @@ def _report_key(plan, out):
     results = {r['run']: (out/'runs'/r['run']/'result.json').stat().st_mtime_ns
                for r in plan['runs'] if (out/'runs'/r['run']/'result.json').exists()}
     return json.loads(json.dumps(dict(results=results, modules=module_hashes('evidence.report'),
-                                      wanted=plan['wanted'], seeds=plan['seeds'], form=form_digest(out),
-                                      looks=(out/'looks.json').exists())))
+                                      wanted=plan['wanted'], seeds=plan['seeds'],
+                                      form=form_digest(out), looks=(out/'looks.json').exists())))
 
 # %% ../../nbs/manual/03_batch.ipynb #3f350cc9
 def make_report(
