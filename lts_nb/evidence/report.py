@@ -162,7 +162,7 @@ def _warnings(m):
     if m.missing: said.append(f'Not run yet: {", ".join(m.missing)}.')
     return said + m.said
 
-# %% ../../nbs/evidence/15_report.ipynb #fff3924c
+# %% ../../nbs/evidence/15_report.ipynb #73fb9c94
 def _document(m):
     "The whole report as data."
     return Document(
