@@ -55,6 +55,18 @@ def test_each_verdict_has_a_shape_and_a_colour_of_its_own():
     assert len(set(shapes)) == len(set(colours)) == len(VERDICTS) and 'D' not in shapes
 
 
+def contrast(colour):
+    "WCAG's contrast with white."
+    channels = [c/12.92 if c <= .04045 else ((c + .055)/1.055)**2.4 for c in matplotlib.colors.to_rgb(colour)]
+    return 1.05/(.05 + np.dot(channels, [.2126, .7152, .0722]))
+
+
+def test_every_mark_stands_out_from_the_paper():
+    assert min(contrast(colour) for _, colour in forest.MARKS.values()) >= 3, 'what WCAG asks of graphics'
+    small = [t.get_color() for t in forest.forest_plot(FEW).axes[0].texts]
+    assert min(map(contrast, small)) >= 4.5, 'what WCAG asks of small text'
+
+
 def test_the_forest_shows_value_interval_verdict_and_seeds():
     fig = forest.forest_plot(FEW)
     top, bottom = fig.axes
@@ -63,13 +75,13 @@ def test_the_forest_shows_value_interval_verdict_and_seeds():
     assert marks(top, 'o') == pytest.approx([79.5 - 81.74])
     bars = [tuple(line.get_xdata()) for line in top.lines if line.get_marker() == 'None' and np.ptp(line.get_ydata()) == 0 and np.ptp(line.get_xdata())]
     assert np.allclose(bars, [(12, 18), (-.8, .2), (77.9 - 81.74, 81.1 - 81.74), (48, 52), (-5, -1)])
-    assert [t.get_text() for t in top.texts] == ['3', '5', '3', '3', '3', 'seeds']
+    assert [t.get_text() for t in top.texts] == ['3', '5', '3', '3', '3', 'RefShapes: 2 reproduced, 1 no difference that matters, 1 inconclusive, 1 not reproduced', 'seeds']
     labels = [t.get_text() for t in top.get_yticklabels()]
     assert labels == ['Fusion helps, with Seg', 'L_loc helps', 'The prior points into the object', 'LTS beats RMI,  val', 'testA']
     band = top.patches[0].get_extents().transformed(top.transData.inverted())
     assert (band.x0, band.x1) == pytest.approx((-MARGIN, MARGIN))
     assert marks(bottom, 'D') == [20] and not any(marks(bottom, s) for s in '^vso'), 'not tested: the paper alone'
-    assert [t.get_text() for t in bottom.texts] == ['–', 'seeds']
+    assert [t.get_text() for t in bottom.texts] == ['×', 'RefShapes+: 1 not tested', 'seeds']
 
 
 def test_all_that_is_drawn_lies_within_the_axis():

@@ -11,6 +11,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
 from matplotlib.lines import Line2D
+from matplotlib.transforms import blended_transform_factory
 from scipy import stats
 from ..errors import KitError
 from .claims import CLAIMS, MARGIN, NO_DIFFERENCE, VERDICTS, effect
@@ -24,7 +25,7 @@ MARKS = {  # verdict → shape, colour
     'not reproduced': ('v', '#d55e00'),
     NO_DIFFERENCE:    ('s', '#009e73'),
     'inconclusive':   ('o', '#6b6b6b'),
-    'not tested':     ('x', '#9a9a9a')}
+    'not tested':     ('x', '#868686')}
 _hollow = dict(mfc='white', mec='black', color='black', ls='')
 
 def _legend(published):
@@ -106,13 +107,14 @@ def _forest_line(ax, y, line):
     if np.isfinite([line.low, line.high]).all():
         ax.plot([line.low, line.high], [y, y], color=colour, lw=1.8, solid_capstyle='butt')
     if len(line.each) > 1:
-        ax.plot(line.each, [y]*len(line.each), '.', ms=2.5, color=colour, alpha=.7)
+        ax.plot(line.each, [y]*len(line.each), '.', ms=3, color='black', mew=0, alpha=.75)
     if np.isfinite(line.published): ax.plot(line.published, y, marker='D', ms=4, **_hollow)
     tested = np.isfinite(line.effect)
     if tested: ax.plot(line.effect, y, marker=shape, ms=7, color=colour, mec='white', mew=.5)
-    said = str(int(line.seeds)) if tested and pd.notna(line.seeds) else '' if tested else '–'
+    said = str(int(line.seeds)) if pd.notna(line.seeds) else ''
+    if not tested: said = '×'
     ax.text(1.015, y, said, transform=ax.get_yaxis_transform(), ha='left', va='center',
-            fontsize=7, color=colour)
+            fontsize=7, color='#333333')
 
 def _forest_axes(ax, lines, dataset):
     "The lines of one data set on an axis of their own."
@@ -123,7 +125,12 @@ def _forest_axes(ax, lines, dataset):
     ax.tick_params(axis='y', length=0)
     ax.set_ylim(len(lines) - .4, -.6)
     counts = ', '.join(f'{n} {v}' for v, n in lines.verdict.value_counts().items())
-    ax.set_title(f'{_title(dataset)}: {counts}', loc='left', pad=12, parse_math=False)
+    # the heading begins at the figure's edge, where there is room for all its words
+    place = blended_transform_factory(ax.figure.transFigure, ax.transAxes)
+    ax.set_title(' ', pad=12)
+    ax.annotate(f'{_title(dataset)}: {counts}', (.01, 1), xytext=(0, 11), fontsize=9,
+                xycoords=place, textcoords='offset points', va='bottom', parse_math=False,
+                in_layout=False)
     ax.text(1.015, -.75, 'seeds', transform=ax.get_yaxis_transform(), fontsize=7, va='bottom')
 
 # %% ../../nbs/evidence/08_forest.ipynb #ff5ebc52
