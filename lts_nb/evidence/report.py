@@ -18,7 +18,7 @@ from .form import Document, read_notes, write_document
 from .looks import LOOKS
 from .pages import write_pages
 from lts_nb.evidence.sections import (Material, beyond_section, checklist_section, claims_section,
-    command_of, compute_section, config_differences, controls, discussion_section,
+    command_of, compute_section, discussion_section,
     evidence_section, failures_section, figures_section, glance_section, made_section,
     model_section, race_section, record_section, runs_frame, settings_section, summary_section,
     table_section)
@@ -162,7 +162,7 @@ def _warnings(m):
     if m.missing: said.append(f'Not run yet: {", ".join(m.missing)}.')
     return said + m.said
 
-# %% ../../nbs/evidence/15_report.ipynb #73fb9c94
+# %% ../../nbs/evidence/15_report.ipynb #bda1e5ac
 def _document(m):
     "The whole report as data."
     return Document(

@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'HOW_JUDGED', 'HOW_LOOKED', 'TITLES', 'HOW_TO_READ', 'Materi
            'figures_section', 'failures_section', 'beyond_section', 'discussion_section', 'checklist_frame',
            'checklist_section', 'made_section']
 
-# %% ../../nbs/evidence/14_sections.ipynb #5984fe1d
+# %% ../../nbs/evidence/14_sections.ipynb #f7689209
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,6 @@ from urllib.parse import quote
 import numpy as np, pandas as pd
 import lts_nb
 from ..data.fetch import leak_note
-from ..data.refer import PUBLISHED_COUNTS
 from ..errors import KitError
 from .claims import CLAIMS, experiments_of
 from .experiments import FROZEN, base_of, method_for, preset_of
@@ -35,7 +34,7 @@ from .tables import (best_rates, costs_frame, finishes_of, notes_of, rates_grid,
                                     seg_grid_share, settings_frame, table_blocks,
                                     thresholds_frame)
 
-# %% ../../nbs/evidence/14_sections.ipynb #e7e8d59a
+# %% ../../nbs/evidence/14_sections.ipynb #6ffd6bd3
 class Material(NamedTuple):
     "All that a report says something about."
     preset:str            # smoke, cpu, gpu or paper
@@ -51,7 +50,7 @@ class Material(NamedTuple):
     failed:tuple          # names of runs
     said:list             # sentences about pages that could not be made
 
-# %% ../../nbs/evidence/14_sections.ipynb #1e4a637d
+# %% ../../nbs/evidence/14_sections.ipynb #0f42ba10
 def _circumstances(r):
     "One line of `runs_frame`."
     c, h = r['config'], r['hardware']
@@ -76,7 +75,7 @@ def runs_frame(
             raise KitError(what, r['folder']/'result.json', mend) from e
     return pd.DataFrame(out)
 
-# %% ../../nbs/evidence/14_sections.ipynb #510a6c8d
+# %% ../../nbs/evidence/14_sections.ipynb #1db2dc68
 def _flat(config, prefix=''):
     "{'model.n': 1, …} of a configuration, without what names the run or says where it ran."
     skip = ('run', 'experiment', 'preset', 'compute', 'splits')
@@ -87,7 +86,7 @@ def _flat(config, prefix=''):
         else: flat[f'{prefix}{k}'] = v
     return flat
 
-# %% ../../nbs/evidence/14_sections.ipynb #48d73b68
+# %% ../../nbs/evidence/14_sections.ipynb #34c6e268
 def config_differences(
     results:list,  # from `load_results`
 )->tuple:          # base configuration, nested; DataFrame run, departs: "model.n=2, data.size=160"
@@ -107,7 +106,7 @@ def config_differences(
         rows.append((r['run'], ', '.join(departs) or '–'))
     return base, pd.DataFrame(rows, columns=['run', 'departs'])
 
-# %% ../../nbs/evidence/14_sections.ipynb #62d51131
+# %% ../../nbs/evidence/14_sections.ipynb #a6050c95
 def command_of(
     preset:str, # smoke, cpu, gpu or paper
     run,        # a line of `runs_frame`
@@ -116,7 +115,7 @@ def command_of(
     return (f'papermill nbs/runs/train.ipynb out.ipynb -p experiment {run.experiment} '
             f'-p dataset {run.dataset} -p preset {preset} -p seed {run.seed}')
 
-# %% ../../nbs/evidence/14_sections.ipynb #1d99e5a2
+# %% ../../nbs/evidence/14_sections.ipynb #fcd86090
 def _anchor(*names): return '-'.join(map(quote, names))
 
 def leads_of(
@@ -143,7 +142,7 @@ def _links(frame, leads, experiment=None, skip=()):
     numbers = [c for c in frame.select_dtypes('number') if c not in skip]
     return pd.DataFrame({c: to for c in numbers}, frame.index)
 
-# %% ../../nbs/evidence/14_sections.ipynb #9ccda710
+# %% ../../nbs/evidence/14_sections.ipynb #b3381702
 _captions = {
     'forest': 'Every claim on every split that it is judged on: hollow mark, the paper’s value; '
               'filled mark and line, our effect and its interval; the band is the margin of one '
@@ -173,7 +172,7 @@ def _figure(name, fig, alt, lines=(), caption=None, summary='', photos=False):
                 caption=caption or _captions[name], photos=photos,
                 summary=summary or 'The picture in words')
 
-# %% ../../nbs/evidence/14_sections.ipynb #081cced9
+# %% ../../nbs/evidence/14_sections.ipynb #f26cdbf7
 def _correlated(ranks):
     "A sentence a split: how far the paper's order of methods and ours agree."
     said, ranks = [], ranks.rename(columns={'tau low': 'low', 'tau high': 'high'})
@@ -186,7 +185,7 @@ def _correlated(ranks):
 NAMES = {'refshapes': 'RefShapes', 'refshapes+': 'RefShapes+', 'refshapesg': 'RefShapesg',
          'refcoco': 'RefCOCO', 'refcoco+': 'RefCOCO+', 'refcocog': 'RefCOCOg'}
 
-# %% ../../nbs/evidence/14_sections.ipynb #62c0c9dd
+# %% ../../nbs/evidence/14_sections.ipynb #09c1852b
 def glance_section(
     m:Material,  # of the report
 )->Section:
@@ -220,7 +219,7 @@ _how_correlated = (
     'How far does the paper’s order of the methods return? 1 is the same order, 0 is none in '
     'common, −1 the reverse; in brackets 95 % over images and seeds.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #c9d0ad02
+# %% ../../nbs/evidence/14_sections.ipynb #468424d4
 _WHOSE = f'Written by the person who ran this, in {NOTES}.'
 _UNWRITTEN = (f'Not written yet: a program cannot know this. It belongs in {NOTES}, under this '
               'heading.')
@@ -245,7 +244,7 @@ def _counted(claims):
         counts[dataset] = ', '.join(f'{n} {v}' for v, n in c.verdict.value_counts().items())
     return counts
 
-# %% ../../nbs/evidence/14_sections.ipynb #ba610c00
+# %% ../../nbs/evidence/14_sections.ipynb #6cb03f1b
 def _scope(m):
     own = sorted({method_for(r['experiment']).title for r in m.results})
     stand_in = ('RefShapes, a benchmark that the kit makes itself, stands in for RefCOCO: a '
@@ -276,7 +275,7 @@ def _outcome(m):
                          f'{NAMES[line.dataset]}: {line.paper:.1f} %).')
     return ' '.join(parts)
 
-# %% ../../nbs/evidence/14_sections.ipynb #535913d8
+# %% ../../nbs/evidence/14_sections.ipynb #62d8d569
 def summary_section(
     m:Material,  # of the report
 )->Section:
@@ -288,7 +287,7 @@ def summary_section(
     written = 'What was easy', 'What was difficult', 'Contact with the authors'
     return Section('summary', 'Summary', parts + [note_part(m.notes, t) for t in written])
 
-# %% ../../nbs/evidence/14_sections.ipynb #b14c85d2
+# %% ../../nbs/evidence/14_sections.ipynb #08e46a27
 HOW_JUDGED = (
     'A claim is about overall IoU in points. Its interval is the envelope of two 95 % '
     'intervals: over test images (paired bootstrap) and over training seeds (Student’s t). '
@@ -303,7 +302,7 @@ HOW_LOOKED = (
     'belongs to the look: seeds (Student’s t with the critical value of the look) and images '
     '(97 %), joined as independent errors. effects.csv has every look.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #cd22fce0
+# %% ../../nbs/evidence/14_sections.ipynb #c1119331
 _claim_columns = ['claim', 'split', 'verdict', 'published', 'effect', 'interval', 'seeds',
                   'holds after correction', 'why', 'source']
 
@@ -332,7 +331,7 @@ def _pair(claim, dataset):
     known = [c.claim for c in CLAIMS]
     return _anchor('claim', str(known.index(claim)), dataset)
 
-# %% ../../nbs/evidence/14_sections.ipynb #f1d2f57b
+# %% ../../nbs/evidence/14_sections.ipynb #fd66a3bd
 def _frozen(preset, dataset, print_):
     "A fingerprint, and whether it is the frozen one."
     frozen = FROZEN.get(preset, {}).get(dataset)
@@ -368,7 +367,7 @@ _how_sized = ('Parameters and operations of the whole network, with the backbone
               'notebooks, each with the place in its paper.')
 _how_fingered = 'Sentences that were scored, and the fingerprint of the data they belong to.'
 
-# %% ../../nbs/evidence/14_sections.ipynb #3a8216aa
+# %% ../../nbs/evidence/14_sections.ipynb #67815737
 _dev = Path(lts_nb.__file__).parents[1]/'reports'/'dev'/'tablerates.csv'
 
 def _searched():
@@ -381,7 +380,7 @@ def _searched():
     frame = pd.DataFrame({'method': list(best), 'learning rate': rates})
     return [dict(kind='text', text=_how_searched), dict(kind='table', block=frame_block(frame))]
 
-# %% ../../nbs/evidence/14_sections.ipynb #cf34f108
+# %% ../../nbs/evidence/14_sections.ipynb #55c57925
 def _one_each(results):
     "One run of each experiment: of the first LTS run's data set and seed, if there is one."
     base = next((r for r in results if r['experiment'] == 'lts'), results[0])
@@ -417,7 +416,7 @@ _how_searched = (
     'graded (reports/dev): the rate with the highest overall IoU was kept. All other settings are '
     'those of its paper or of its official code.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #32cb9db6
+# %% ../../nbs/evidence/14_sections.ipynb #eeccf3a7
 def _head_gflops(r):
     "Operations of what is trained, GFLOP for one sentence."
     parts = r.get('parts')
@@ -456,7 +455,7 @@ def compute_section(
     block = frame_block(compute_frame(m.runs, m.results), running=['how much'])
     return Section('compute', 'Setup and compute', [dict(kind='table', block=block)])
 
-# %% ../../nbs/evidence/14_sections.ipynb #8982c8c3
+# %% ../../nbs/evidence/14_sections.ipynb #598fdba3
 TITLES = {
     '1': 'Table 1: against the state of the art', '2': 'Table 2: ablation',
     '3': 'Table 3: Seg added to CMPC', 'rates': 'The search for learning rates',
@@ -469,7 +468,7 @@ HOW_TO_READ = (
     'its word. The best of a column is bold. “elsewhere” is a number that the method’s own '
     'repository prints, under the condition that the section on the race gives.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #f75e7a5f
+# %% ../../nbs/evidence/14_sections.ipynb #73e1ed6e
 def table_section(
     m:Material,  # of the report
     t:str,       # "1" … "7", or "rates"
@@ -484,7 +483,7 @@ def table_section(
     if notes: parts += [dict(kind='list', lines=notes)]
     return Section(f'table{t}', TITLES[t], parts)
 
-# %% ../../nbs/evidence/14_sections.ipynb #631b1446
+# %% ../../nbs/evidence/14_sections.ipynb #f49b3685
 def controls(
     frame:pd.DataFrame,  # from `results_frame`
 )->pd.DataFrame:         # dataset, split, LTS, swapped, blind, pointing, ceiling (percent, means)
@@ -499,7 +498,7 @@ def controls(
     columns = ['dataset', 'split', 'LTS', 'swapped', 'blind', 'pointing', 'ceiling']
     return pd.DataFrame(out, columns=columns)
 
-# %% ../../nbs/evidence/14_sections.ipynb #8de52c64
+# %% ../../nbs/evidence/14_sections.ipynb #5c606741
 _how_controlled = (
     'The sentence must decide. “swapped”: each prediction held against another object of its '
     'image; “blind”: trained with other objects’ sentences. Overall IoU in percent; pointing: the '
@@ -528,7 +527,7 @@ def evidence_section(
         parts += [dict(kind='text', text=_how_shared), dict(kind='table', block=frame_block(shown))]
     return Section('evidence', 'Does it read, and what does the grid explain?', parts)
 
-# %% ../../nbs/evidence/14_sections.ipynb #08616e9b
+# %% ../../nbs/evidence/14_sections.ipynb #76c8ac3b
 _how_raced = (
     'All methods saw the same sentences in the same batches for the same number of steps, on the '
     'same frozen features. Each has the learning rate that was best in a search on data that is '
@@ -551,7 +550,7 @@ _how_recorded = (
     'What the record says: numbers of Table 1’s methods that stand in another place, with the '
     'condition under which they were reached.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #618de970
+# %% ../../nbs/evidence/14_sections.ipynb #8fc66bf7
 def race_section(
     m:Material,  # of the report
 )->Section:      # None where no earlier method was run
@@ -578,7 +577,7 @@ def record_section(
     return Section('record', 'What the record says',
                    [dict(kind='text', text=_how_recorded), dict(kind='table', block=block)])
 
-# %% ../../nbs/evidence/14_sections.ipynb #5284b2fc
+# %% ../../nbs/evidence/14_sections.ipynb #5b9ab2f7
 def _examples(results, experiment, dataset, name='examples'):
     "Examples of the first seed's run, or an empty list."
     wanted, finish = (base_of(experiment), dataset), experiment.partition('@')[2]
@@ -604,7 +603,7 @@ def examples_text(
                if e['prior'].shape == e['truth'].shape)
     return f'{said} The prior has its maximum in the object in {hits} of {len(pointed)}.'
 
-# %% ../../nbs/evidence/14_sections.ipynb #10e103f9
+# %% ../../nbs/evidence/14_sections.ipynb #0dd4a2e4
 _captions |= {
     'figure4': 'Figure 4. Expression, image, position prior (sigmoid of the filter’s response), '
                'predicted mask, ground truth; LTS, first seed, fixed sentences of the validation '
@@ -631,11 +630,13 @@ def losses_text(
 )->str:           # in one sentence
     "What the training curves show."
     r = next((r for r in results if r['experiment'] == 'lts'), results[0])
-    first, last = (r['history'][i].get('loss') for i in (0, -1))
-    return (f"Losses of {len(results)} runs by epoch; that of {r['run']} goes from {first:.3g} to "
-            f"{last:.3g} in {len(r['history'])} epochs.")
+    losses = [x['loss'] for x in r['history'] if x.get('loss') is not None]
+    said = f'Losses of {len(results)} runs by epoch'
+    if not losses: return said + '.'
+    return (f"{said}; that of {r['run']} goes from {losses[0]:.3g} to {losses[-1]:.3g} in "
+            f'{len(losses)} epochs.')
 
-# %% ../../nbs/evidence/14_sections.ipynb #29d6c47a
+# %% ../../nbs/evidence/14_sections.ipynb #a207d35c
 def _example_figures(m, dataset):
     "Figures 4 and 5, as far as there are examples."
     out, lts = [], _examples(m.results, 'lts', dataset)[:6]
@@ -665,7 +666,7 @@ def figures_section(
     parts.append(_figure('training', training_curves(m.results), losses_text(m.results)))
     return Section('figures', 'Figures', parts)
 
-# %% ../../nbs/evidence/14_sections.ipynb #7cbfbbe7
+# %% ../../nbs/evidence/14_sections.ipynb #47c55c3a
 _how_failed = (
     'A sentence fails where its IoU is 0.5 or less. Localisation: the prior’s maximum lies outside '
     'the object (another object: the mask covers one); segmentation: it lies inside, and the mask '
@@ -701,7 +702,7 @@ def failures_section(
                              summary='The sentences as text', photos=True))
     return Section('failures', 'What goes wrong?', parts)
 
-# %% ../../nbs/evidence/14_sections.ipynb #e234659c
+# %% ../../nbs/evidence/14_sections.ipynb #4aa65996
 _suites = Path(lts_nb.__file__).parents[1]/'reports'/'looks'/'suites.csv'
 
 def _read(path, columns):
@@ -739,7 +740,7 @@ def beyond_section(
         parts += [dict(kind='text', text=_how_simulated), dict(kind='table', block=block)]
     return Section('beyond', 'Beyond the paper', parts) if parts else None
 
-# %% ../../nbs/evidence/14_sections.ipynb #e968a3e7
+# %% ../../nbs/evidence/14_sections.ipynb #c5719638
 def discussion_section(
     m:Material,  # of the report
 )->Section:
@@ -749,7 +750,7 @@ def discussion_section(
     notes = [note_part(m.notes, t) for t in ('Discussion', *own)]
     return Section('discussion', 'Discussion', notes)
 
-# %% ../../nbs/evidence/14_sections.ipynb #2d67bc4b
+# %% ../../nbs/evidence/14_sections.ipynb #181f707e
 def _frozen_all(m):
     frozen = FROZEN.get(m.preset, {})
     same = all(frozen.get(d) == p for d, p in zip(m.runs.dataset, m.runs.fingerprint))
@@ -789,7 +790,7 @@ def checklist_section(
     return Section('checklist', 'Checklist',
                    [dict(kind='table', block=block), note_part(m.notes, 'Checklist')])
 
-# %% ../../nbs/evidence/14_sections.ipynb #1211afc1
+# %% ../../nbs/evidence/14_sections.ipynb #a88b302e
 def _row_lines(m):
     "For each row, its runs."
     lines = []
@@ -818,7 +819,7 @@ def _experiments_behind(claim, dataset, preset):
     named = experiments_of(of, role)
     return dict.fromkeys(base_of(named[row]) for row in of.rows if row in named)
 
-# %% ../../nbs/evidence/14_sections.ipynb #a754900e
+# %% ../../nbs/evidence/14_sections.ipynb #2d6d366e
 def made_section(
     m:Material,  # of the report
 )->Section:
