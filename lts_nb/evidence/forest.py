@@ -242,7 +242,8 @@ def method_lines(
     for place, column in (('place in the paper', 'paper'), ('place here', 'ours')):
         f[place] = both[column].rank(ascending=False, method='min')
     first = f.drop_duplicates('row').set_index('row').paper
-    return f.sort_values('row', key=lambda rows: -rows.map(first), kind='stable')
+    printed = f.row.map(first).astype(float)
+    return f.loc[printed.sort_values(ascending=False, kind='stable').index]
 
 # %% ../../nbs/evidence/08_forest.ipynb #d69119fb
 def _method_axes(ax, f, order):

@@ -191,8 +191,7 @@ def write_report(
     results=None,       # of `load_results`; None: the runs under DIR/runs
 )->dict:                # {'tables': {number: frame}, 'results': long frame, 'missing': [run]}
     "Write every file of a report from the runs that are there. KitError where that fails."
-    DIR = Path(DIR)
-    wanted = wanted_rows(preset, cells)
+    DIR, wanted = Path(DIR), wanted_rows(preset, cells)
     if results is None: results = load_results(DIR, preset)
     for folder in (DIR/'figures', DIR/'pages'):
         try: folder.mkdir(exist_ok=True)

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['READY', 'ADDRESS', 'Server', 'call', 'Warm']
 
-# %% ../../nbs/manual/11_warm.ipynb #684cdf61
+# %% ../../nbs/manual/11_warm.ipynb #23b17ceb
 import atexit, gc, json, os, runpy, selectors, shutil, signal, socket, subprocess, sys, tempfile
 import threading, traceback
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-# %% ../../nbs/manual/11_warm.ipynb #8cc4aad7
+# %% ../../nbs/manual/11_warm.ipynb #9380325e
 # what every run imports; the order is that of the longest chain
 READY = ('papermill.cli', 'papermill.engines', 'nbclient', 'ipykernel.kernelapp', 'pandas', 'torch',
          'lts_nb.manual.batch', 'lts_nb.training.one_device')
 ADDRESS = 'LTS_WARM'  # the environment variable that tells where the server listens
 
-# %% ../../nbs/manual/11_warm.ipynb #16c6b52e
+# %% ../../nbs/manual/11_warm.ipynb #fbbec66c
 def _send(connection, told):
     "One value, as a line of JSON."
     connection.sendall(json.dumps(told).encode() + b'\n')
@@ -32,7 +32,7 @@ def _receive(connection):
         text += some
     return json.loads(text)
 
-# %% ../../nbs/manual/11_warm.ipynb #04de5ae7
+# %% ../../nbs/manual/11_warm.ipynb #00ffee2a
 def _signal(pid, number):
     "Send a signal to a copy and all that it started."
     # it may not have a group of its own yet, and it may have ended
@@ -52,6 +52,7 @@ def _become(told, files):
     sys.argv[:] = [told['module'], *told['arguments']]
     sys.path.insert(0, told['cwd'])
 
+# %% ../../nbs/manual/11_warm.ipynb #99cc3bc0
 def _run(told, files):
     "Be the program that was asked for, and end as it ends. Never returns."
     status = 1
@@ -72,7 +73,7 @@ def _run(told, files):
             sys.stderr.flush()
         finally: os._exit(status)
 
-# %% ../../nbs/manual/11_warm.ipynb #8a48e8bc
+# %% ../../nbs/manual/11_warm.ipynb #e36a4bc1
 class Server:
     "Imports what runs need, and forks a copy for each caller."
     def __init__(self,
@@ -100,7 +101,7 @@ class Server:
                 react, connection = event.data
                 react(connection)
 
-# %% ../../nbs/manual/11_warm.ipynb #88d50dd0
+# %% ../../nbs/manual/11_warm.ipynb #2a0e80d1
 from fastcore.basics import patch
 
 @patch
@@ -122,6 +123,7 @@ def begin(self:Server, _):
     self.events.register(connection, selectors.EVENT_READ, (self.abandon, connection))
     self.events.register(ended, selectors.EVENT_READ, (self.finish, connection))
 
+# %% ../../nbs/manual/11_warm.ipynb #b32dc0b9
 @patch
 def finish(self:Server, connection):
     "A copy has ended: tell its caller how."
@@ -133,7 +135,7 @@ def finish(self:Server, connection):
     connection.close()
     os.close(ended)
 
-# %% ../../nbs/manual/11_warm.ipynb #901e14b4
+# %% ../../nbs/manual/11_warm.ipynb #63e149ab
 @patch
 def abandon(self:Server, connection):
     "A caller is gone, and what it started goes too."
@@ -148,7 +150,7 @@ def end(self:Server, _):
     for pid, _ in self.children.values(): _signal(pid, signal.SIGKILL)
     os._exit(0)
 
-# %% ../../nbs/manual/11_warm.ipynb #8a6f53dd
+# %% ../../nbs/manual/11_warm.ipynb #26f7db67
 def call(
     module:str,  # that `python -m` would run
     *arguments,  # of it
@@ -170,7 +172,17 @@ def call(
     if status is None: return 1
     return status if status >= 0 else 128 - status
 
-# %% ../../nbs/manual/11_warm.ipynb #cb5411b7
+# %% ../../nbs/manual/11_warm.ipynb #c359cbfd
+def _write_kernel(folder):
+    "The specification of a kernel that our caller starts."
+    kernel = folder/'kernels'/'python3'
+    kernel.mkdir(parents=True)
+    argv = [sys.executable, '-m', 'lts_nb.manual.warm', 'ipykernel_launcher', '-f',
+            '{connection_file}']
+    told = dict(argv=argv, display_name='Python 3 (ipykernel)', language='python')
+    (kernel/'kernel.json').write_text(json.dumps(told))
+
+# %% ../../nbs/manual/11_warm.ipynb #afd8ca43
 class Warm:
     "A server of this process. `start` does nothing where the system cannot do it."
     def __init__(self): self.folder = self.process = None
@@ -182,12 +194,7 @@ class Warm:
         "Start the server, and tell all programs that this process starts from now on."
         if not hasattr(os, 'pidfd_open'): return
         self.folder = Path(tempfile.mkdtemp(prefix='lts-warm-'))
-        kernel = self.folder/'kernels'/'python3'
-        kernel.mkdir(parents=True)
-        argv = [sys.executable, '-m', 'lts_nb.manual.warm', 'ipykernel_launcher', '-f',
-                '{connection_file}']
-        told = dict(argv=argv, display_name='Python 3 (ipykernel)', language='python')
-        (kernel/'kernel.json').write_text(json.dumps(told))
+        _write_kernel(self.folder)
         few = dict(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), PYTHONHASHSEED='0')
         # it is open before anybody can call, and the server inherits it
         with socket.socket(socket.AF_UNIX) as listener:
@@ -211,7 +218,7 @@ class Warm:
         del os.environ[ADDRESS]
         self.process = None
 
-# %% ../../nbs/manual/11_warm.ipynb #5a13ed3e
+# %% ../../nbs/manual/11_warm.ipynb #dc1e59e4
 def _main(what, *rest):
     if what != 'serve': sys.exit(call(what, *rest))
     server = Server(socket.socket(fileno=int(rest[0])))
