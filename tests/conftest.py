@@ -33,3 +33,16 @@ def golden():
     def load(name):
         with np.load(path/f'{name}.npz', allow_pickle=False) as arrays: return dict(arrays)
     return load
+
+
+@pytest.fixture(scope='session')
+def golden_parts(golden):
+    "A function: file -> (part -> {kind/name: tensor}), of an official code that was run part by part."
+    import torch
+    def of_file(file):
+        arrays = golden(file)
+        def part(name):
+            own = {k: v for k, v in arrays.items() if k.startswith(name + '/')}
+            return {k.removeprefix(name + '/'): torch.as_tensor(v) for k, v in own.items()}
+        return part
+    return of_file

@@ -4,6 +4,7 @@ import time
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from lts_nb.model.darknet import Darknet53, split_backbone
 from lts_nb.training.fit import fit
@@ -28,6 +29,8 @@ def models(cfg=LTSConfig(), **darknet):
 
 @pytest.mark.parametrize('precision', ['no', 'bf16'])
 def test_a_training_step_at_the_papers_size(precision, capsys):
+    # an accelerator of another precision may have been made in this process
+    AcceleratorState._reset_state(reset_partial_state=True)
     acc = Accelerator(mixed_precision=precision)
     frozen, model = models()
     frozen, model = frozen.to(acc.device, memory_format=torch.channels_last), model.to(acc.device, memory_format=torch.channels_last)

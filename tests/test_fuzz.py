@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save
 
 from lts_nb.data import fetch, refer, text
-from lts_nb.evidence import figures, report, tables
+from lts_nb.evidence import figures, sections, tables
 from lts_nb.rivals import detections, proposals
 from lts_nb.training import candidates, fit, metrics, pretrain
 from lts_nb.manual import predict
@@ -290,7 +290,7 @@ def test_the_result(home, changes, tree, accidents):
     (home/'out'/'runs'/'r'/'result.json').write_bytes(content)
     def read():
         results = tables.load_results(home/'out')
-        tables.results_frame(results); report.runs_frame(results); report.config_differences(results)
+        tables.results_frame(results); sections.runs_frame(results); sections.config_differences(results)
     ends_well(read)
 
 

@@ -18,11 +18,9 @@ def close(a, b, atol=1e-9):
 
 
 @pytest.fixture(scope='module')
-def official(golden):
+def official(golden_parts):
     "part -> {kind/name: tensor} of the official code."
-    arrays = golden('mattnet')
-    def part(name): return {k[len(name) + 1:]: torch.as_tensor(v) for k, v in arrays.items() if k.startswith(name + '/')}
-    return part
+    return golden_parts('mattnet')
 
 
 # the official numbers

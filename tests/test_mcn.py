@@ -21,11 +21,9 @@ close = lambda a, b, **kind: torch.testing.assert_close(a, b, **(TOL | kind))
 
 
 @pytest.fixture(scope='module')
-def official(golden):
+def official(golden_parts):
     "part -> {kind/name: tensor} of the official code."
-    arrays = golden('mcn')
-    def part(name): return {k[len(name) + 1:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith(name + '/')}
-    return part
+    return golden_parts('mcn')
 
 
 def garan_state(w, prefix=''):

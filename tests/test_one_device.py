@@ -399,7 +399,9 @@ def test_a_run_on_pictures_needs_no_cache_and_can_be_scored(places, tmp_path):
     val = run.samples('val')
     for workers in (0, 1):  # a loader's process reads the file
         ours, theirs = (next(iter(loader(val, s, [[0, 5, 9]], workers))) for s in (run.source, cached.source))
-        for a, b in zip(on_device(ours, run.source, 'cpu')[0], on_device(theirs, cached.source, 'cpu')[0]): assert torch.equal(a, b)
+        # the folded normalisation rounds elsewhere, and the cache has half precision
+        maps = zip(on_device(ours, run.source, 'cpu')[0], on_device(theirs, cached.source, 'cpu')[0])
+        for a, b in maps: torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
     for r in (run, cached): r.lock.release()
 
 
@@ -437,8 +439,10 @@ def test_the_measuring_script_runs_on_a_processor(tmp_path):
     import csv, subprocess, sys
     from parts import ROOT
     command = [sys.executable, ROOT/'tools'/'one_gpu.py', '--preset', 'smoke', '--steps', '2', '--pictures', '8']
-    refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode and 'no CUDA device' in refused.stderr
+    # where there is a device the script would measure it
+    if not torch.cuda.is_available():
+        refused = subprocess.run(command, capture_output=True, text=True)
+        assert refused.returncode and 'no CUDA device' in refused.stderr
     subprocess.run([*command, '--out', tmp_path, '--device', 'cpu'], check=True, capture_output=True)
     rows = list(csv.DictReader((tmp_path/'throughput.csv').open()))
     assert {r['way'] for r in rows} == {'cached features, loader', 'pictures'}

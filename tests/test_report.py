@@ -28,13 +28,13 @@ def test_missing_seeds_are_named(two_seeds):
 def test_page_says_where_a_configuration_departs(two_seeds):
     report.write_report(two_seeds, 'smoke', ['5'])
     page = (two_seeds/'index.html').read_text()
-    row = re.search(r'<td>lts-n2-refshapes-smoke-s0</td><td class="t">([^<]*model\.n=2[^<]*)</td>', page)
+    row = re.search(r'<th scope="row">lts-n2</th><td class="running">([^<]*model\.n=2[^<]*)</td>', page)
     assert row and 'threads' not in row[1], 'how many threads ran it is no part of what was run'
 
 
 def test_pictures_are_embedded_whole(two_seeds):
     report.write_report(two_seeds, 'smoke', ['5'])
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', (two_seeds/'index.html').read_text())
+    pictures = re.findall(r'src="data:image/webp;base64,([^"]+)"', (two_seeds/'index.html').read_text())
     assert len(pictures) >= 3
     for p in pictures: Image.open(io.BytesIO(base64.b64decode(p))).load()
 

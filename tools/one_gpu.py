@@ -8,6 +8,8 @@ of a step. A line tells sentences a second, the share of the card's own rate for
 same precision, the peak of its memory, and how often a step waits for the device. The file is written anew after every
 line, so what was measured stays when the time runs out. `--device cpu` tries the script itself; it needs `--out`."""
 import argparse
+import itertools
+import os
 import statistics
 import sys
 import tempfile
@@ -61,7 +63,8 @@ def opened(config, folder, pictures):
     "A run on scenes made here, with drawn weights; like `run.prepare`."
     root, b = folder/'data', config.backbone
     side = (preset_of(config.preset)['recipe'] or {}).get('side', COCO_SIDES)
-    make_family(root, Recipe(seed=1, train=pictures, val=2, testA=1, testB=1, side=tuple(side)))
+    recipe = Recipe(seed=1, train=pictures, val=2, testA=1, testB=1, side=tuple(side))
+    make_family(root, recipe, workers=os.cpu_count())
     run = Run(config, root, folder/'out')
     run.acc, run.refer = set_up(config.compute, 0), Refer(root, 'refshapes')
     run.vocab, run.fingerprint = build_vocab(run.refer), 'scenes:1'
@@ -107,7 +110,8 @@ def waits(run, source, steps=4):
     model, c = network(run).to(memory_format=torch.channels_last).train(), run.config
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], fused=True)
     samples = run.samples('train')
-    batches = iter(Steps(Table(samples, source), cut_rows(samples, c, 0)[:steps + 2]))
+    some = cut_rows(samples, c, 0)[:steps + 2]
+    batches = itertools.cycle(Steps(Table(samples, source), some))
     def step():
         batch = next(batches)
         with run.acc.autocast():

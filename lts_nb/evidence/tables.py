@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'MERGED', 'metric_names', 'seg_pairs', 'load_arrays', 'load_results', 'finishes_of', 'results_frame',
            'write_csv', 'Totals', 'image_totals', 'metrics_of', 'bootstrap_interval', 'drawn_times', 'middle_of',
-           'intervals_frame', 'load_samples', 'paper_table', 'table_blocks', 'table_markdown', 'tex_escape',
-           'table_latex', 'write_table', 'seg_grid_share', 'thresholds_frame', 'costs_frame', 'settings_frame',
-           'rates_grid', 'best_rates', 'compare_reports']
+           'intervals_frame', 'load_samples', 'paper_table', 'Block', 'table_blocks', 'notes_of', 'table_markdown',
+           'tex_escape', 'styled', 'table_latex', 'write_table', 'seg_grid_share', 'thresholds_frame', 'costs_frame',
+           'settings_frame', 'rates_grid', 'best_rates', 'compare_reports']
 
 # %% ../../nbs/evidence/03_tables.ipynb #2438792d
 import html, json
@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
+from pandas.io.formats.style import Styler
 from scipy import stats
 from ..errors import KitError, atomic_path, check_schema, check_unpacked, write_text
 from .experiments import EXPERIMENTS, base_of, method_for
@@ -384,69 +385,95 @@ def _extra(table, labels, t):
     return {}
 
 def _notes(labels, t):
-    "What methods want a reader to know of their rows: a column, or nothing where none has notes."
+    "{label: what its method wants a reader to know}."
     experiment = t.dropna(subset=['experiment']).drop_duplicates('row').set_index('row').experiment
     said = []
     for label in labels:
         name = experiment.get(label)
         known = isinstance(name, str) and base_of(name) in EXPERIMENTS
         said.append(' '.join(method_for(name).notes) if known else '')
-    return {'notes': said} if any(said) else {}
+    return {label: text for label, text in zip(labels, said) if text}
 
 # %% ../../nbs/evidence/03_tables.ipynb #98bf4382
+class Block(NamedTuple):
+    "A table as texts; what is bold in it, and where each text leads."
+    title:str           # what stands at its head, or ''
+    cells:pd.DataFrame  # texts; columns of one level, or of two: group and name
+    best:pd.DataFrame   # bool, of the same shape
+    links:pd.DataFrame  # an address or '', of the same shape
+    running:tuple=()    # names of columns whose texts wrap
+    notes:dict={}       # label: what a reader must know of its row
+
+def _plainly(texts, index):
+    "Columns without anything bold and without addresses, as three frames."
+    texts = pd.DataFrame(texts, index)
+    return (texts, pd.DataFrame(False, index, texts.columns),
+            pd.DataFrame('', index, texts.columns))
+
+def _group(g, metric, leads):
+    "A group of columns: texts, which are the best, and where ours lead."
+    texts, best, links = _plainly(_cells(g, metric), g.index)
+    for column in ('paper', 'ours'): best[column] = _best(g[column])
+    to = [leads.get(place, '') for place in zip(g.experiment, g['ours on'])]
+    for column in texts.columns.difference(['paper', 'elsewhere']):
+        links[column] = [href if text != '–' else '' for href, text in zip(to, texts[column])]
+    return texts, best, links
+
+# %% ../../nbs/evidence/03_tables.ipynb #01cc3c3a
 def table_blocks(
     table:str,          # "1" … "7"
     frame:pd.DataFrame, # from `paper_table`
-)->list:                # dicts: title, extra {name: texts}, labels, groups [(title, columns)]
-    """A table in the paper's layout, the best of each column marked.
-
-    The columns of a group are {name: [(text, best), …]}, one cell a label."""
+    leads=None,         # {(experiment, our data set): address of its runs}
+)->list:                # of Block, a label a row
+    "A table in the paper's layout, the best of each column marked."
     block_by, group_by = _layout.get(str(table), (None, 'split'))
     blocks = []
     for key, b in (frame.groupby(block_by, sort=False) if block_by else [('', frame)]):
         labels = list(dict.fromkeys(b.row))
-        groups = []
+        # what stands between label and numbers belongs to no group
+        groups = {'': _plainly(_extra(str(table), labels, b), labels)}
         for name, g in b.groupby(group_by, sort=False):
             g = g.set_index('row').reindex(labels)
-            best = {'paper': _best(g.paper), 'ours': _best(g.ours)}
-            columns = {}
-            for column, texts in _cells(g, name if group_by == 'metric' else 'IoU').items():
-                columns[column] = list(zip(texts, best.get(column, [False] * len(texts))))
-            groups.append((dataset_titles.get(name, name), columns))
-        extra = _extra(str(table), labels, b) | _notes(labels, b)
-        blocks.append(dict(title=dataset_titles.get(key, key), extra=extra, labels=labels,
-                           groups=groups))
+            metric = name if group_by == 'metric' else 'IoU'
+            groups[dataset_titles.get(name, name)] = _group(g, metric, leads or {})
+        frames = [pd.concat(dict(zip(groups, same)), axis=1) for same in zip(*groups.values())]
+        blocks.append(Block(dataset_titles.get(key, key), *frames, notes=_notes(labels, b)))
     return blocks
 
 # %% ../../nbs/evidence/03_tables.ipynb #52b1b7f0
 def _plain(text): return ' '.join(str(text).split())
 
-def _md(text, best=False):
-    text = html.escape(_plain(text), quote=False).replace('|', '\\|').replace('*', '\\*')
-    return f'**{text}**' if best else text
+def _md(text):
+    return html.escape(_plain(text), quote=False).replace('|', '\\|').replace('*', '\\*')
 
-def _body(block, cell):
-    "The lines of a block: label, what stands beside it, numbers; each as `cell(text, best)`."
-    lines = []
-    for i, label in enumerate(block['labels']):
-        line = [cell(label)] + [cell(texts[i]) for texts in block['extra'].values()]
-        for _, columns in block['groups']: line += [cell(*cells[i]) for cells in columns.values()]
-        lines.append(line)
-    return lines
+def _leading(block):
+    "How many columns stand between the labels and the numbers."
+    return sum(group == '' for group, _ in block.cells.columns)
+
+def notes_of(
+    blocks:list,   # from `table_blocks`
+)->dict:           # {label: note}
+    "What a reader must know of the rows of a table, once for all its blocks."
+    notes = {}
+    for b in blocks: notes |= b.notes
+    return notes
 
 def table_markdown(
     blocks:list,   # from `table_blocks`
 )->str:            # Markdown tables, one a block, the best in bold
-    "A table as Markdown."
+    "A table as Markdown, which knows no heading over several columns."
     out = []
     for b in blocks:
-        names = [f'{group} {column}' for group, columns in b['groups'] for column in columns]
-        head = ['', *b['extra'], *names]
-        rule = ['---'] * (1 + len(b['extra'])) + ['---:'] * len(names)
-        lines = ['| ' + ' | '.join(line) + ' |' for line in [head, rule, *_body(b, _md)]]
-        title = f"**{_md(b['title'])}**\n\n" if b['title'] else ''
-        out.append(title + '\n'.join(lines))
-    return '\n\n'.join(out) + '\n'
+        shown = b.cells.map(_md)
+        shown = shown.where(~b.best, '**' + shown + '**')
+        shown.columns = [f'{group} {name}'.strip() for group, name in b.cells.columns]
+        shown.index = shown.index.map(_md)
+        lead = 1 + _leading(b)
+        sides = ['left']*lead + ['right']*(len(shown.columns) + 1 - lead)
+        title = f'**{_md(b.title)}**\n\n' if b.title else ''
+        out.append(title + shown.to_markdown(disable_numparse=True, colalign=sides))
+    out += [f'* {_md(label)}: {_md(text)}' for label, text in notes_of(blocks).items()]
+    return '\n\n'.join(out) + '\n' 
 
 # %% ../../nbs/evidence/03_tables.ipynb #7ee8ff84
 _tex = {'\\': r'\textbackslash{}', '&': r'\&', '%': r'\%', '$': r'\$', '#': r'\#', '_': r'\_',
@@ -456,35 +483,36 @@ _tex = {'\\': r'\textbackslash{}', '&': r'\&', '%': r'\%', '$': r'\$', '#': r'\#
 def tex_escape(
     text:str,  # any text
 )->str:        # the same for LaTeX
-    "Escape what LaTeX would take as a command."
+    "Escape what LaTeX would take as a command, and name what its fonts do not have."
     return ''.join(_tex.get(c, c) for c in _plain(text))
+
+# %% ../../nbs/evidence/03_tables.ipynb #ebb019b8
+def styled(
+    block:Block,  # from `table_blocks`, or any other
+    escape,       # text -> text, for the language it is printed in
+    kind=Styler,  # or a Styler with another template
+):                # pandas Styler: cells and headings escaped; the title heads the labels
+    "A table, ready for pandas to print."
+    cells = block.cells.copy()
+    if cells.columns.nlevels == 2: cells.columns.names = None, escape(block.title)
+    style = kind(cells).format(escape)
+    for axis in (0, 1): style = style.format_index(escape, axis=axis)
+    return style
 
 def table_latex(
     blocks:list,   # from `table_blocks`
 )->str:            # a booktabs tabular a block; needs \usepackage{booktabs, amssymb}
     "A table as LaTeX."
-    return '\n'.join(_latex_block(b) for b in blocks)
-
-def _tex_cell(text, best=False):
-    return rf'\textbf{{{tex_escape(text)}}}' if best else tex_escape(text)
-
-# %% ../../nbs/evidence/03_tables.ipynb #ebb019b8
-def _latex_block(b):
-    lead = 1 + len(b['extra'])
-    widths = [len(columns) for _, columns in b['groups']]
-    starts = lead + 1 + np.cumsum([0, *widths])
-    # first line: a group's name over its columns, and a rule below each name
-    spans = [rf'\multicolumn{{{w}}}{{c}}{{{tex_escape(group)}}}'
-             for (group, _), w in zip(b['groups'], widths)]
-    rules = ' '.join(rf'\cmidrule(lr){{{s}-{s + w - 1}}}' for s, w in zip(starts, widths))
-    # second line: the columns' names
-    names = [column for _, columns in b['groups'] for column in columns]
-    head = [tex_escape(name) for name in (b['title'], *b['extra'], *names)]
-    lines = [rf"\begin{{tabular}}{{{'l' * lead}{'r' * sum(widths)}}}", r'\toprule']
-    lines += [' & '.join([''] * lead + spans) + r' \\ ' + rules]
-    lines += [' & '.join(head) + r' \\ \midrule']
-    lines += [' & '.join(line) + r' \\' for line in _body(b, _tex_cell)]
-    return '\n'.join([*lines, r'\bottomrule', r'\end{tabular}', ''])
+    out = []
+    for b in blocks:
+        bold = np.where(b.best, 'textbf:--rwrap;', '')
+        style = styled(b, tex_escape).apply(lambda _, bold=bold: bold, axis=None)
+        lead = 1 + _leading(b)
+        columns = 'l'*lead + 'r'*(b.cells.shape[1] + 1 - lead)
+        out.append(style.to_latex(column_format=columns, hrules=True, multicol_align='c'))
+    for label, text in notes_of(blocks).items():
+        out.append(rf'\par\footnotesize \textbf{{{tex_escape(label)}}}: {tex_escape(text)}' + '\n')
+    return '\n'.join(out)
 
 # %% ../../nbs/evidence/03_tables.ipynb #a8494075
 def write_table(

@@ -565,12 +565,13 @@ def reproduce(
 
 # %% ../../nbs/manual/03_batch.ipynb #7b5739cf
 def _report_key(plan, out):
-    "What decides a report: its results, its code, its plan."
+    "What decides a report: its results, its code, its templates and notes, its plan."
+    from lts_nb.evidence.form import form_digest
     results = {r['run']: (out/'runs'/r['run']/'result.json').stat().st_mtime_ns
                for r in plan['runs'] if (out/'runs'/r['run']/'result.json').exists()}
     return json.loads(json.dumps(dict(results=results, modules=module_hashes('evidence.kept'),
                                       wanted=plan['wanted'], seeds=plan['seeds'],
-                                      looks=(out/'looks.json').exists())))
+                                      form=form_digest(out), looks=(out/'looks.json').exists())))
 
 # %% ../../nbs/manual/03_batch.ipynb #3f350cc9
 def make_report(
@@ -580,7 +581,6 @@ def make_report(
     """Make the report by its notebook, where anything that it shows has changed.
     KitError where that fails."""
     from lts_nb.evidence.kept import write_evidence
-    from lts_nb.evidence.report import print_pdf
     out, stamp = Path(out), Path(out)/'report.json'
     key = _report_key(plan, out)
     if stamp.exists() and (out/'index.html').exists() and json.loads(stamp.read_text()) == key:
@@ -598,8 +598,7 @@ def make_report(
     try: write_evidence(out, plan['preset'], Cells(**plan['wanted']), failed)
     except KitError as e: print(f'The evidence was not kept: {e}', flush=True)
     write_text(stamp, json.dumps(key))
-    try: return print_pdf(out)
-    except KitError as e: return str(e)
+    return f'As PDF: {out/"report.pdf"}'
 
 # %% ../../nbs/manual/03_batch.ipynb #016299f4
 def say_where(

@@ -163,7 +163,7 @@ def report(preset:Annotated[Optional[str], typer.Option(
     from lts_nb.manual.batch import default_out
     from lts_nb.evidence.experiments import runs_for
     from lts_nb.evidence.kept import write_evidence
-    from lts_nb.evidence.report import print_pdf, write_report
+    from lts_nb.evidence.report import write_report
     wanted, size = _cells(table, method, all_cells), preset or 'cpu'
     runs_for(size, wanted)
     _check_report(source, merge, despite_code)
@@ -176,7 +176,7 @@ def report(preset:Annotated[Optional[str], typer.Option(
         missing = write_report(folder, size, wanted)['missing']
         write_evidence(folder, size, wanted)
     if missing: typer.echo(f'Not run yet: {", ".join(missing)}')
-    typer.echo(print_pdf(folder))
+    typer.echo(f'As PDF: {folder/"report.pdf"}')
     typer.echo(f'The report: {folder/"index.html"}')
 
 def _check_report(source, merge, despite_code):

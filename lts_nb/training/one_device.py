@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRIDS', 'LOOK', 'as_bytes', 'as_pixels', 'unpack_bits', 'picture_key', 'KeptPictures', 'build_pictures', 'place_of',
-           'PictureFeatures', 'Table', 'Steps', 'undisturbed', 'ChosenStep', 'train_on_pictures', 'open_pictures',
-           'train_here']
+           'folded', 'PictureFeatures', 'Table', 'Steps', 'undisturbed', 'ChosenStep', 'train_on_pictures',
+           'open_pictures', 'train_here']
 
 # %% ../../nbs/training/13_one_device.ipynb #c0411cf6
 import copy, hashlib, json, logging, os, time
@@ -15,6 +15,7 @@ import numpy as np, psutil, torch
 from accelerate import Accelerator
 from fastcore.basics import patch
 from filelock import FileLock
+from torch.nn.utils import fuse_conv_bn_eval
 from tqdm.auto import tqdm
 from ..errors import KitError, disk_error, write_text
 from ..data.dataset import TARGETS, Samples
@@ -175,6 +176,19 @@ def _placed(kept, place, device):
     for i in range(0, len(here), 256): there[i:i + 256].copy_(here[i:i + 256])
     return there
 
+# %% ../../nbs/training/13_one_device.ipynb #8afbebbe
+def folded(
+    backbone:torch.nn.Module, # frozen
+)->torch.nn.Module:           # a copy with fewer steps, the same maps up to rounding
+    "A frozen backbone whose normalisations have become part of their convolutions."
+    backbone = copy.deepcopy(backbone)
+    for block in backbone.modules():
+        kinds = [type(m) for m in block] if isinstance(block, torch.nn.Sequential) else []
+        if kinds[:2] != [torch.nn.Conv2d, torch.nn.BatchNorm2d]: continue
+        block[0] = fuse_conv_bn_eval(block[0], block[1])
+        block[1] = torch.nn.Identity()
+    return backbone
+
 # %% ../../nbs/training/13_one_device.ipynb #b8688d9d
 class PictureFeatures(LiveFeatures):
     "A feature source that keeps pictures, and computes maps from them when they are asked for."
@@ -187,7 +201,7 @@ class PictureFeatures(LiveFeatures):
         self.refer, self.size, self.stretch = live.refer, live.size, live.stretch
         self.device, self.place, self.dtype = torch.device(live.device), place, dtype
         self.kept, self.index = kept, kept.index
-        self.body = copy.deepcopy(live.backbone).to(dtype)
+        self.body = folded(live.backbone).to(dtype)
         self.pictures = _placed(kept, place, self.device)
         self.frames = kept.frames.to(self.device)
 

@@ -1,0 +1,156 @@
+"Programs as copies of a warm process: what they get, how they end, and that a run's bytes stay the same."
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from parts import ROOT
+
+from lts_nb.manual.warm import ADDRESS, Warm
+
+pytestmark = pytest.mark.skipif(not hasattr(os, 'pidfd_open'), reason='no pidfd_open on this system')
+CALL = [sys.executable, '-m', 'lts_nb.manual.warm']
+
+
+@pytest.fixture(scope='module')
+def warm():
+    warm = Warm()
+    warm.start(about='of a test')
+    yield warm
+    warm.stop()
+    assert ADDRESS not in os.environ and not warm.folder.exists()
+
+
+@pytest.fixture
+def program(tmp_path):
+    "A function: source -> a process that runs it, called from a folder of its own."
+    def called(source, **changes):
+        (tmp_path/'program.py').write_text(source)
+        env = os.environ | dict(PYTHONPATH=str(ROOT)) | changes
+        return subprocess.Popen([*CALL, 'program', 'one', 'two words'], cwd=tmp_path, env=env, text=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return called
+
+
+def gone(pid):
+    "Whether a process ends within ten seconds."
+    ends = time.time() + 10
+    while time.time() < ends:
+        try: os.kill(pid, 0)
+        except ProcessLookupError: return True
+        time.sleep(.05)
+    return False
+
+
+SAYS = '''import os, sys
+print(sys.argv[1:], os.getcwd(), os.environ['COLOUR'], sys.stdin.read(), __name__, os.getpid() == os.getsid(0))
+print('aside', file=sys.stderr)
+'''
+
+def test_it_has_its_callers_words_folder_environment_and_files(warm, program, tmp_path):
+    said, aside = program(SAYS, COLOUR='blue').communicate('typed')
+    assert said.split('\n')[0] == f"['one', 'two words'] {tmp_path} blue typed __main__ True"
+    assert aside == 'aside\n'
+
+
+def test_its_parent_is_the_server_and_what_it_imports_is_there(warm, program):
+    source = 'import os, sys\nprint(os.getppid(), "torch" in sys.modules)'
+    assert program(source).communicate()[0].split() == [str(warm.process.pid), 'True']
+
+
+def test_without_a_server_it_is_the_program_itself(program):
+    source = 'import os, sys\nprint(os.getppid(), "torch" in sys.modules)'
+    for address in ('', '/nowhere/socket'):
+        assert program(source, **{ADDRESS: address}).communicate()[0].split() == [str(os.getpid()), 'False']
+
+
+@pytest.mark.parametrize('source, status, says', [
+    ('pass', 0, ''), ('raise SystemExit(7)', 7, ''), ('raise SystemExit("no such table")', 1, 'no such table'),
+    ('1/0', 1, 'ZeroDivisionError'), ('import os, signal\nos.kill(os.getpid(), signal.SIGKILL)', 137, ''),
+    ('import atexit\natexit.register(print, "bye")', 0, '')])
+def test_it_ends_as_the_program_ends(warm, program, source, status, says):
+    process = program(source)
+    out, err = process.communicate()
+    assert process.returncode == status and says in err
+    assert ('bye' in out) == ('bye' in source)
+
+
+SLEEPS = '''import os, subprocess, sys, time
+child = subprocess.Popen(['sleep', '100'])
+try:
+    print(os.getpid(), child.pid, flush=True)
+    time.sleep(100)
+except KeyboardInterrupt: sys.exit(5)
+'''
+
+def test_ctrl_c_is_handed_on(warm, program):
+    process = program(SLEEPS)
+    pid, _ = map(int, process.stdout.readline().split())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 5 and gone(pid)
+
+
+def test_a_killed_caller_takes_it_along_with_all_that_it_started(warm, program):
+    process = program(SLEEPS)
+    pids = list(map(int, process.stdout.readline().split()))
+    process.kill()
+    process.wait()
+    assert all(gone(pid) for pid in pids)
+
+
+def test_the_server_and_its_copies_do_not_outlive_who_started_it(program, tmp_path):
+    starts = ('import os, sys\nfrom lts_nb.manual.warm import ADDRESS, Warm\nw = Warm()\nw.start()\n'
+              'print(w.process.pid, os.environ[ADDRESS], flush=True)\nsys.stdin.read()')
+    starter = subprocess.Popen([sys.executable, '-c', starts], text=True, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    server, address = starter.stdout.readline().split()
+    process = program(SLEEPS, **{ADDRESS: address})
+    pid, _ = map(int, process.stdout.readline().split())
+    starter.kill()
+    starter.wait()
+    assert process.wait(10) == 1 and gone(pid) and gone(int(server))
+    shutil.rmtree(os.path.dirname(address))
+
+
+def test_a_caller_that_vanishes_at_once_does_no_harm(warm, program):
+    import socket
+    for said in (b'', b'.', b'.{"module": '):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(os.environ[ADDRESS])
+            if said: connection.sendall(said)
+    whole = b'.' + json.dumps(dict(module='time', arguments=[], cwd='/', env={})).encode() + b'\n'
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(os.environ[ADDRESS])
+        connection.sendall(whole)
+    assert program('print("still here")').communicate()[0] == 'still here\n'
+
+
+def test_two_callers_do_not_wait_for_each_other(warm, program):
+    first = program(SLEEPS)
+    first.stdout.readline()
+    assert program('print("quick")').communicate(timeout=30)[0] == 'quick\n'
+    first.kill()
+    first.wait()
+
+
+def test_a_run_gives_the_same_bytes(warm, tmp_path):
+    "Papermill and kernel, both copies, against both by themselves."
+    def run(out, **env):
+        command = [*CALL, 'papermill', ROOT/'nbs'/'runs'/'train.ipynb', tmp_path/'done.ipynb', '--cwd', ROOT/'nbs'/'runs', '-k', 'python3',
+                   '--no-progress-bar', '-p', 'experiment', 'fusion', '-p', 'root', tmp_path/'data', '-p', 'out', out]
+        env = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONHASHSEED='0', PYTHONPATH=str(ROOT)) | env
+        subprocess.run([str(c) for c in command], check=True, capture_output=True, env=env)
+        return next((out/'runs').iterdir())
+    alone = run(tmp_path/'alone', **{ADDRESS: '', 'JUPYTER_PATH': ''})
+    copied = run(tmp_path/'copied')
+    files = sorted(f.name for f in alone.glob('samples-*.npz'))
+    assert files and [f.name for f in sorted(copied.glob('samples-*.npz'))] == files
+    for name in files:
+        a, b = (np.load(folder/name) for folder in (alone, copied))
+        assert a.files == b.files and all(np.array_equal(a[k], b[k]) for k in a.files)
+    losses = [[epoch['loss'] for epoch in json.loads((folder/'result.json').read_text())['history']] for folder in (alone, copied)]
+    assert losses[0] == losses[1] and len(losses[0]) > 1
