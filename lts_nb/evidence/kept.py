@@ -532,6 +532,15 @@ def unpack(
         (folder/'result.json').write_text(text, encoding='utf-8')
 
 # %% ../../nbs/evidence/15_kept.ipynb #808d137c
+def _bring(path, out):
+    "Evidence, and what stands beside it that no evidence can tell: the user's words, runs' pages."
+    beside = [path.parent/'notes.md', *sorted((path.parent/'pages').glob('*.html'))]
+    for file in (path, *beside):
+        to = out/(FILE if file == path else file.relative_to(path.parent))
+        # a link could lead anywhere
+        if file.is_symlink() or not file.is_file() or to.resolve() == file.resolve(): continue
+        with atomic_path(to) as part: shutil.copyfile(file, part)
+
 def report_from(
     DIR,         # a report's folder, or its `Evidence`
     out=None,    # the new report's folder; None: the same
@@ -546,11 +555,7 @@ def report_from(
     preset, said = evidence.note['preset'], evidence.note['report']
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise disk_error(e, out) from e
-    # beside the evidence stands what the user has written
-    for file in (evidence.path, evidence.path.parent/'notes.md'):
-        name = FILE if file == evidence.path else file.name
-        if not file.exists() or (out/name).resolve() == file.resolve(): continue
-        shutil.copyfile(file, out/name)
+    _bring(evidence.path, out)
     with tempfile.TemporaryDirectory() as tmp:
         unpack(evidence, tmp)
         looks = Path(tmp)/'looks.json'
