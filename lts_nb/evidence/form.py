@@ -282,8 +282,8 @@ def _lay_out(parts, folder, root):
     for part in parts:
         if part['kind'] != 'figure': continue
         picture = Image.open(folder/part['path']).convert('RGB')
-        if not part.get('photos'): picture = picture.quantize(64).convert('RGB')
-        picture.save(root/_paper_path(part), quality=80)
+        if not part.get('photos'): picture = picture.quantize(32).convert('RGB')
+        picture.save(root/_paper_path(part), quality=60)
 
 def _paper_part(part):
     "A part as plain data."
