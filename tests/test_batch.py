@@ -56,7 +56,7 @@ def made(tmp_path_factory):
 
 def test_makes_runs_tables_and_report(made):
     assert len(finished(made.out)) == RUNS
-    assert all((made.out/f).exists() for f in ('index.html', 'table4.csv', 'table4.md', 'table4.tex', 'results.csv', 'figures/figure4.png'))
+    assert all((made.out/f).exists() for f in ('index.html', 'table4.csv', 'table4.md', 'table4.tex', 'results.csv', 'figures/figure4.webp', 'report.pdf', 'evidence.parquet'))
     assert made.said.strip().endswith(f'The report: {made.out/"index.html"}')
     result = json.loads((made.out/'runs'/VICTIM/'result.json').read_text())
     assert {'config', 'metrics', 'fingerprint', 'code', 'versions', 'hardware', 'seconds', 'peak_memory_mb'} <= set(result)

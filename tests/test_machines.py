@@ -53,7 +53,7 @@ def toy_plan(folder, runs, gpu=True, **further):
     (folder/'python').write_text(f'''#!{sys.executable}
 import json, os, sys, time
 if sys.argv[2] == 'lts_nb.manual.machines': os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
-run = os.path.dirname(sys.argv[4])
+run = os.path.dirname(sys.argv[5])
 began = time.time()
 time.sleep(float(os.environ.get('TOY_SECONDS', .5)))
 names = ('CUDA_VISIBLE_DEVICES', 'SLURM_JOB_ID', 'SLURM_MEM_PER_NODE', 'SLURM_CPUS_PER_TASK', 'OMP_NUM_THREADS')

@@ -92,7 +92,7 @@ def test_ctrl_c_is_handed_on(warm, program):
     process = program(SLEEPS)
     pid, _ = map(int, process.stdout.readline().split())
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 5 and gone(pid)
+    assert process.wait(60) == 5 and gone(pid)
 
 
 def test_a_killed_caller_takes_it_along_with_all_that_it_started(warm, program):
@@ -112,7 +112,7 @@ def test_the_server_and_its_copies_do_not_outlive_who_started_it(program, tmp_pa
     pid, _ = map(int, process.stdout.readline().split())
     starter.kill()
     starter.wait()
-    assert process.wait(10) == 1 and gone(pid) and gone(int(server))
+    assert process.wait(60) == 1 and gone(pid) and gone(int(server))
     shutil.rmtree(os.path.dirname(address))
 
 

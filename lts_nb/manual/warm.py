@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['READY', 'ADDRESS', 'Server', 'call', 'Warm']
 
-# %% ../../nbs/manual/11_warm.ipynb #23b17ceb
+# %% ../../nbs/manual/11_warm.ipynb #f6f7769b
 import atexit, gc, json, os, runpy, selectors, shutil, signal, socket, subprocess, sys, tempfile
 import threading, traceback
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-# %% ../../nbs/manual/11_warm.ipynb #9380325e
+# %% ../../nbs/manual/11_warm.ipynb #49dc3d8a
 # what every run imports; the order is that of the longest chain
 READY = ('papermill.cli', 'papermill.engines', 'nbclient', 'ipykernel.kernelapp', 'pandas', 'torch',
          'lts_nb.manual.batch', 'lts_nb.training.one_device')
 ADDRESS = 'LTS_WARM'  # the environment variable that tells where the server listens
 
-# %% ../../nbs/manual/11_warm.ipynb #fbbec66c
+# %% ../../nbs/manual/11_warm.ipynb #179cf7ad
 def _send(connection, told):
     "One value, as a line of JSON."
     connection.sendall(json.dumps(told).encode() + b'\n')
@@ -26,13 +26,14 @@ def _send(connection, told):
 def _receive(connection):
     "The next value; None where the other side is gone."
     text = b''
+    # byte by byte: what stands behind the line is the next value
     while not text.endswith(b'\n'):
-        some = connection.recv(2**16)
+        some = connection.recv(1)
         if not some: return None
         text += some
     return json.loads(text)
 
-# %% ../../nbs/manual/11_warm.ipynb #00ffee2a
+# %% ../../nbs/manual/11_warm.ipynb #6d7cde7f
 def _signal(pid, number):
     "Send a signal to a copy and all that it started."
     # it may not have a group of its own yet, and it may have ended
@@ -52,7 +53,7 @@ def _become(told, files):
     sys.argv[:] = [told['module'], *told['arguments']]
     sys.path.insert(0, told['cwd'])
 
-# %% ../../nbs/manual/11_warm.ipynb #99cc3bc0
+# %% ../../nbs/manual/11_warm.ipynb #295bc587
 def _run(told, files):
     "Be the program that was asked for, and end as it ends. Never returns."
     status = 1
@@ -73,7 +74,7 @@ def _run(told, files):
             sys.stderr.flush()
         finally: os._exit(status)
 
-# %% ../../nbs/manual/11_warm.ipynb #e36a4bc1
+# %% ../../nbs/manual/11_warm.ipynb #e218120b
 class Server:
     "Imports what runs need, and forks a copy for each caller."
     def __init__(self,
@@ -101,7 +102,7 @@ class Server:
                 react, connection = event.data
                 react(connection)
 
-# %% ../../nbs/manual/11_warm.ipynb #2a0e80d1
+# %% ../../nbs/manual/11_warm.ipynb #5431795f
 from fastcore.basics import patch
 
 @patch
@@ -123,7 +124,7 @@ def begin(self:Server, _):
     self.events.register(connection, selectors.EVENT_READ, (self.abandon, connection))
     self.events.register(ended, selectors.EVENT_READ, (self.finish, connection))
 
-# %% ../../nbs/manual/11_warm.ipynb #b32dc0b9
+# %% ../../nbs/manual/11_warm.ipynb #2d1e830c
 @patch
 def finish(self:Server, connection):
     "A copy has ended: tell its caller how."
@@ -135,7 +136,7 @@ def finish(self:Server, connection):
     connection.close()
     os.close(ended)
 
-# %% ../../nbs/manual/11_warm.ipynb #63e149ab
+# %% ../../nbs/manual/11_warm.ipynb #73671837
 @patch
 def abandon(self:Server, connection):
     "A caller is gone, and what it started goes too."
@@ -150,7 +151,7 @@ def end(self:Server, _):
     for pid, _ in self.children.values(): _signal(pid, signal.SIGKILL)
     os._exit(0)
 
-# %% ../../nbs/manual/11_warm.ipynb #26f7db67
+# %% ../../nbs/manual/11_warm.ipynb #c8ee1d58
 def call(
     module:str,  # that `python -m` would run
     *arguments,  # of it
@@ -172,7 +173,7 @@ def call(
     if status is None: return 1
     return status if status >= 0 else 128 - status
 
-# %% ../../nbs/manual/11_warm.ipynb #c359cbfd
+# %% ../../nbs/manual/11_warm.ipynb #472efa6d
 def _write_kernel(folder):
     "The specification of a kernel that our caller starts."
     kernel = folder/'kernels'/'python3'
@@ -182,7 +183,7 @@ def _write_kernel(folder):
     told = dict(argv=argv, display_name='Python 3 (ipykernel)', language='python')
     (kernel/'kernel.json').write_text(json.dumps(told))
 
-# %% ../../nbs/manual/11_warm.ipynb #afd8ca43
+# %% ../../nbs/manual/11_warm.ipynb #655dc3f9
 class Warm:
     "A server of this process. `start` does nothing where the system cannot do it."
     def __init__(self): self.folder = self.process = None
@@ -218,7 +219,7 @@ class Warm:
         del os.environ[ADDRESS]
         self.process = None
 
-# %% ../../nbs/manual/11_warm.ipynb #dc1e59e4
+# %% ../../nbs/manual/11_warm.ipynb #5998409a
 def _main(what, *rest):
     if what != 'serve': sys.exit(call(what, *rest))
     server = Server(socket.socket(fileno=int(rest[0])))
