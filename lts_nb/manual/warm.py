@@ -161,13 +161,18 @@ def call(
     try: connection.connect(os.environ[ADDRESS])
     except (KeyError, OSError):
         os.execv(sys.executable, [sys.executable, '-m', module, *arguments])
+    pid, early = None, []
+
+    def hand_on(number, _):
+        if pid is None: early.append(number)
+        else: _signal(pid, number)
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, hand_on)
     socket.send_fds(connection, [b'.'], [0, 1, 2])
     _send(connection, dict(module=module, arguments=arguments, cwd=os.getcwd(),
                            env=dict(os.environ)))
     pid = _receive(connection)
-
-    def hand_on(number, _): _signal(pid, number)
-    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, hand_on)
+    # what came before there was anybody to hand it to
+    for number in early if pid else (): _signal(pid, number)
     status = _receive(connection)
     # the server died, and the copy with it
     if status is None: return 1
