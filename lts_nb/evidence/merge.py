@@ -15,6 +15,7 @@ from ..errors import KitError, atomic_path, disk_error, write_text
 from .experiments import FROZEN, preset_of, run_config, run_hashes
 from .kept import (FILE, check_answers, evidence_file,
                                   read_evidence, unpack)
+from .sections import flat_config
 from .tables import MERGED, load_results, load_samples
 
 # %% ../../nbs/evidence/16_merge.ipynb #b06c12bd
@@ -34,16 +35,9 @@ def opened_report(
             yield Path(tmp)
 
 # %% ../../nbs/evidence/16_merge.ipynb #f9518908
-def _flat(config, prefix=''):
-    "{'model.n': 1, …} of a configuration."
-    flat = {}
-    for k, v in config.items():
-        flat |= _flat(v, f'{prefix}{k}.') if isinstance(v, dict) and v else {f'{prefix}{k}': v}
-    return flat
-
 def _departs(theirs, ours):
     "Where a configuration departs from ours, in words."
-    a, b = _flat(theirs), _flat(ours)
+    a, b = flat_config(theirs), flat_config(ours)
     differ = [k for k in sorted({*a, *b}) if a.get(k, ...) != b.get(k, ...)]
     return ', '.join(f'{k} is {a.get(k)} and not {b.get(k)}' for k in differ)[:400]
 
