@@ -19,11 +19,12 @@ CALL = [sys.executable, '-m', 'lts_nb.manual.warm']
 
 @pytest.fixture(scope='module')
 def warm():
-    warm = Warm()
+    warm, before = Warm(), os.environ.get('JUPYTER_PATH', '')
     warm.start(about='of a test')
     yield warm
     warm.stop()
     assert ADDRESS not in os.environ and not warm.folder.exists()
+    assert os.environ['JUPYTER_PATH'] == before, 'Jupyter would look for kernels in a removed folder'
 
 
 @pytest.fixture

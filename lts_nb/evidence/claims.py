@@ -193,7 +193,7 @@ _sides = {  # test → what is claimed of the effect: more than, less than
 
 # %% ../../nbs/evidence/06_claims.ipynb #8e3ae9f8
 def _judged(test, low, high):
-    "(verdict, border, border): the borders between which the interval lies; None where it has none."
+    "(verdict, border, border): where the interval lies; None for a side without a border."
     more, less = _sides[test]
     if (more is None or low > more) and (less is None or high < less):
         return 'reproduced', more, less

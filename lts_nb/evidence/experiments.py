@@ -7,7 +7,7 @@ __all__ = ['EXPERIMENTS', 'EXTRA', 'RIVALS', 'RATES', 'SIZES_416', 'SPLITS_OF', 
            'MAX_LEN', 'CPU', 'GPU', 'SMALL_SIZES', 'SMALL_HEAD', 'SHALLOW', 'DARKNET53', 'PRESETS', 'FROZEN', 'PACKAGE',
            'Row', 'base_of', 'method_for', 'stride_of', 'blind_of', 'Cells', 'as_cells', 'rows', 'variant_name',
            'preset_of', 'run_name', 'run_config', 'runs_for', 'imported_modules', 'module_closure', 'module_hashes',
-           'run_modules', 'method_hashes', 'run_hashes']
+           'run_modules', 'method_hashes', 'run_hashes', 'other_code']
 
 # %% ../../nbs/evidence/02_experiments.ipynb #a8c68482
 import ast, hashlib, re
@@ -51,7 +51,8 @@ EXPERIMENTS = {
 EXTRA = 'emb50', 'glove50', 'lang2seg-dense', 'lang2seg-response', 'lang2seg-silent'
 
 # the earlier methods of Table 1, each at its own settings
-RIVALS = 'rmi', 'dmn', 'rrn', 'mattnet', 'nmtree', 'cmsa', 'bcam', 'cmpc', 'mcn', 'lscm', 'cgan', 'lang2seg'
+RIVALS = ('rmi', 'dmn', 'rrn', 'mattnet', 'nmtree', 'cmsa', 'bcam', 'cmpc', 'mcn', 'lscm', 'cgan',
+          'lang2seg')
 EXPERIMENTS |= {name: {'method': name} for name in (*RIVALS, 'cmpc-seg')}
 EXPERIMENTS |= {
     'lang2seg-dense':    {'method': 'lang2seg', 'model': {'head': 'dense'}},
@@ -373,7 +374,8 @@ def runs_for(
 
 
 # %% ../../nbs/evidence/02_experiments.ipynb #590bf13b
-PACKAGE = Path(__file__).resolve().parents[1] if '__file__' in globals() else Path('../../lts_nb').resolve()
+_here = Path(__file__).parents[1] if '__file__' in globals() else Path('../../lts_nb')
+PACKAGE = _here.resolve()
 
 def _source(name):
     "The file of one of our modules, 'training.run'."
@@ -435,3 +437,14 @@ def run_hashes(
 )->dict:              # {module: 12 hex digits of its source}
     "Hashes of the modules that decide a run."
     return method_hashes([config])[config.method]
+
+def other_code(
+    result:dict,  # of a run
+    hashes:dict,  # of the modules that decide the run, here
+)->list:          # names of modules
+    """The modules that differ between the code that made a run and the code that is here.
+    A module of another version does not count where a user said why its change cannot matter."""
+    code = result.get('code', {})
+    known = {pair for accepted in code.get('accepted', []) for pair in accepted['modules'].items()}
+    known |= code.get('modules', {}).items()
+    return [module for module, h in hashes.items() if (module, h) not in known]

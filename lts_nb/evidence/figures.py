@@ -112,8 +112,9 @@ figure5_columns = {'fusion-filter': '(b) w/o Seg', 'filter-seg': '(c) w/o Fusion
 # %% ../../nbs/evidence/04_figures.ipynb #73539590
 def figure5(
     examples_by_experiment:dict,  # experiment → examples; 'lts' or any other gives the pictures
-):   # matplotlib Figure: expression · image · w/o Seg · w/o Fusion · w/o Filter · MCN · MCN+ASNLS · full · truth
+):   # matplotlib Figure
     """Figure 5 of the paper: the same sentence through models that lack a part, and through MCN.
+    Its columns are the expression, the image, those of `figure5_columns`, and the truth.
 
     Raises KitError where there are no examples at all."""
     by = {}

@@ -285,12 +285,15 @@ def write_evidence(
     facts = _facts(places, _answers(results))
     pictures = _picture_columns(results, places, preset_of(preset)['datasets']['refcoco'])
     columns = _columns(_own_columns(places, facts) | pictures, _sizes(places))
-    runs = [dict(result={k: v for k, v in r.items() if k != 'folder'}, arrays=_names(r, places),
-                 pictures=sorted(n for o, n in pictures if o == r['run'])) for r in results]
+    runs = []
+    for r in results:
+        said = {k: v for k, v in r.items() if k != 'folder'}
+        drawn = sorted(name for run, name in pictures if run == r['run'])
+        runs.append(dict(result=said, arrays=_names(r, places), pictures=drawn))
     looks = DIR/'looks.json'
-    said = dict(wanted=as_cells(cells)._asdict(), failed=list(failed),
-                looks=json.loads(looks.read_text()) if looks.exists() else None)
-    note = dict(format=FORMAT, preset=preset, report=said, facts=sorted(facts), runs=runs)
+    report = dict(wanted=as_cells(cells)._asdict(), failed=list(failed),
+                  looks=json.loads(looks.read_text()) if looks.exists() else None)
+    note = dict(format=FORMAT, preset=preset, report=report, facts=sorted(facts), runs=runs)
     _write_table(DIR/FILE, columns, note)
     return DIR/FILE
 

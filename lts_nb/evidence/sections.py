@@ -436,11 +436,14 @@ def compute_frame(
     results:list,      # from `load_results`
 )->pd.DataFrame:       # what, and how much
     "What the report cost."
-    seen = [_head_gflops(r)*sum(x['samples'] for x in r['history']) for r in results]
+    forward = []
+    for r in results:
+        sentences = sum(epoch['samples'] for epoch in r['history'])
+        forward.append(_head_gflops(r)*sentences)
     first, facts = results[0], []
     facts.append(('hours, all runs one after the other', f'{runs.seconds.sum()/3600:.2f}'))
     facts.append(('hours of these in training', f'{runs.train_seconds.sum()/3600:.2f}'))
-    operations = 3*np.nansum(seen)/1e6
+    operations = 3*np.nansum(forward)/1e6
     facts.append(('operations of training, about', f'{operations:.3g} PFLOP: three times the '
                   'forward pass of the trained part, for each sentence seen'))
     facts.append(('memory of the largest process', f'{runs.peak_memory_mb.max():.0f} MB'))
@@ -649,8 +652,12 @@ def _example_figures(m, dataset):
     parts = {e: _examples(m.results, e, dataset)[:6] for e in figure5_columns}
     # MCN's columns say that it was not run where it was not
     if all(v for e, v in parts.items() if not e.startswith('mcn')):
-        mean = {figure5_columns[e]: np.mean([_iou(x) for x in v]) for e, v in parts.items() if v}
-        said = ', '.join(f'{name} {iou:.0f}' for name, iou in mean.items())
+        means = []
+        for experiment, examples in parts.items():
+            if not examples: continue
+            mean = np.mean([_iou(x) for x in examples])
+            means.append(f'{figure5_columns[experiment]} {mean:.0f}')
+        said = ', '.join(means)
         alt = f'{len(lts)} sentences through each model; mean IoU in percent: {said}.'
         out.append(_figure('figure5', figure5(parts), alt, _sentences(lts),
                            summary='The sentences as text', photos=True))

@@ -583,8 +583,10 @@ def thresholds_frame(
 # %% ../../nbs/evidence/03_tables.ipynb #05ebeb2a
 def costs_frame(
     results:list,   # from `load_results`
-)->pd.DataFrame:    # experiment, method, parameters, GFLOPs, train_seconds, ms a sentence, ms of each finish, oIoU
-    "What a method costs beside what it reaches on the data set that plays RefCOCO, means over seeds."
+)->pd.DataFrame: # a row for each experiment: parameters, GFLOPs, train_seconds, ms …, oIoU
+    """What a method costs beside what it reaches on val of each data set, means over seeds.
+
+    `ms plain` is the time of a sentence in milliseconds; each finish has such a column."""
     rows = []
     for r in results:
         if 'val' not in r['metrics'] or 'parts' not in r: continue

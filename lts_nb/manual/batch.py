@@ -22,12 +22,14 @@ from ..training.fit import config_hash, terminate_as_interrupt
 from ..evidence.experiments import EXTRA, Cells, as_cells, run_config
 from ..training.config import describe_config
 from ..evidence.tables import MERGED
-from ..evidence.experiments import method_hashes, module_closure, module_hashes, preset_of, run_modules, runs_for
+from ..evidence.experiments import method_hashes, module_closure, module_hashes
+from ..evidence.experiments import other_code, preset_of, run_modules, runs_for
 from .throughput import estimate, known_rates
 from ..training.opening import ensure_data, shared_backbone
 
 # %% ../../nbs/manual/03_batch.ipynb #08757bc3
-KIT = Path(__file__).resolve().parents[2] if '__file__' in globals() else Path.cwd().resolve().parents[1]
+_here = Path(__file__).parents[2] if '__file__' in globals() else Path('../..')
+KIT = _here.resolve()
 
 def default_out(
     preset:str, # smoke, cpu, gpu or paper
@@ -65,7 +67,8 @@ def make_plan(
     modules = {m: run_modules(m) for m in methods}
     return dict(
         preset=first.preset, wanted=as_cells(wanted)._asdict(), seeds=seeds, out=str(out),
-        root=str(root), kit=str(KIT), python=sys.executable, runs=plain, recipe=plain[0]['data']['recipe'],
+        root=str(root), kit=str(KIT), python=sys.executable, runs=plain,
+        recipe=plain[0]['data']['recipe'],
         pretrain=plain[0]['backbone'] if made_here else None, threads=first.compute.threads,
         gpu=first.compute.device != 'cpu',
         backbone=str(weights[0].relative_to(out)) if made_here else None,
@@ -112,10 +115,7 @@ def run_state(
         return ('failed', 'see its notebook') if config.run in failed else ('missing', '')
     changed = [k for k in plain if result['config'].get(k) != plain[k]]
     if changed: return 'stale', f'its {", ".join(changed)} changed'
-    code = result['code']
-    # whoever merged a run may have said that another module's change cannot matter
-    made_by = [code['modules'], *(a['modules'] for a in code.get('accepted', []))]
-    edited = [m for m, h in modules.items() if all(of.get(m) != h for of in made_by)]
+    edited = other_code(result, modules)
     return ('stale', f'edited: {", ".join(edited)}') if edited else ('done', '')
 
 # %% ../../nbs/manual/03_batch.ipynb #2d1b3cbd
@@ -200,7 +200,8 @@ def time_left(
     jobs = at_a_time(preset, cores)
     hours = len(seconds)*seconds.mean()/jobs/3600
     unit = 'GPU hours' if gpu else 'hours'
-    return f'about {hours:.0f} {unit} left, {jobs} at a time' if hours > 3 else f'about {60*hours:.0f} minutes left, {jobs} at a time'
+    left = f'{hours:.0f} {unit}' if hours > 3 else f'{60*hours:.0f} minutes'
+    return f'about {left} left, {jobs} at a time'
 
 def _rates_note(preset, out, rates, todo):
     "On what an estimate rests, where no such run has been timed."

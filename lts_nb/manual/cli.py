@@ -377,10 +377,10 @@ def predict(
 @app.command()
 def export(
     onnx:Annotated[Path, typer.Option(
-        help='The file, .onnx; a script that predicts from it without torch is written beside it.')],
+        help='The file, .onnx; a script that predicts without torch is written beside it.')],
     run:RunFolder=None, root:Root=None,
     latency:Annotated[bool, typer.Option(
-        '--latency', help='Measure one answer by torch and by onnxruntime, and keep the table.')]=False,
+        '--latency', help='Measure an answer by torch and by onnxruntime, keep the table.')]=False,
     force:Annotated[bool, typer.Option('--force', help='Replace files that exist.')]=False,
 ):
     """Write a trained run as one ONNX file for programs without torch.

@@ -96,7 +96,8 @@ class GraphGRU(nn.Module):
     ):
         super().__init__()
         self.hidden = gru.hidden_size
-        for name, parts in dict(W=('weight_ih',), R=('weight_hh',), B=('bias_ih', 'bias_hh')).items():
+        names = dict(W=('weight_ih',), R=('weight_hh',), B=('bias_ih', 'bias_hh'))
+        for name, parts in names.items():
             both = []
             for side in ('', '_reverse'):
                 own = [_gates_of(getattr(gru, f'{part}_l0{side}').detach()) for part in parts]
@@ -294,7 +295,8 @@ def open_session(
     how.log_severity_level = 3
     try: return ort.InferenceSession(str(path), how, providers=['CPUExecutionProvider'])
     except Exception as e:  # onnxruntime has no common class of errors
-        raise KitError('onnxruntime cannot open the file', path, 'Write it again: lts export') from e
+        raise KitError('onnxruntime cannot open the file', path,
+                       'Write it again: lts export') from e
 
 # %% ../../nbs/manual/05_export.ipynb #ada1b527
 @torch.inference_mode()
@@ -387,7 +389,7 @@ def segment(
     return mask > about['threshold'], prior[0] if prior else None
 
 # %% ../../nbs/manual/05_export.ipynb #3c45f7b4
-_HEAD = '''"""Predict from an ONNX file that the LTS kit wrote: needs numpy, pillow and onnxruntime, no torch.
+_HEAD = '''"""Predict from an ONNX file of the LTS kit. It needs numpy, pillow and onnxruntime, no torch.
 
     python NAME model.onnx picture.png "the red ball on the left" mask.png
 
@@ -457,7 +459,8 @@ def latency_frame(
 def _free(files, force):
     "KitError where a file would be written over."
     for f in files:
-        if f.is_dir(): raise KitError('there is a folder of this name', f, 'Give --onnx another name')
+        if f.is_dir():
+            raise KitError('there is a folder of this name', f, 'Give --onnx another name')
         if f.exists() and not force:
             raise KitError('the file exists already', f,
                            'Give --onnx another name, or --force to replace it')

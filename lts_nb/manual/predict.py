@@ -61,7 +61,8 @@ def _result(folder):
 def _load_weights(model, folder):
     "Fill a model from a run's weights, read as data."
     shipped, checkpoint = folder/'model.safetensors', folder/'checkpoint.pt'
-    path, mend = shipped if shipped.exists() else checkpoint, "Delete the run's folder and run lts reproduce again"
+    path = shipped if shipped.exists() else checkpoint
+    mend = "Delete the run's folder and run lts reproduce again"
     try:
         model.load_state_dict(load_file(path) if path == shipped
                               else read_checkpoint(path)['model'])
@@ -102,8 +103,11 @@ def load_run(
     folder=None, # DIR/runs/<run>; None: the run that the kit ships
     root=None,   # the data's folder: only where the backbone's weights lie there (preset paper)
     device=None, # None: the GPU where the run's preset uses one and there is one
-)->SimpleNamespace: # config, method, vocab, model (eval mode), backbone (frozen), size, threshold, stretch, result, folder, device
-    "A finished run, ready to predict. KitError where a part of it is missing or damaged."
+)->SimpleNamespace: # of what `predict` needs
+    """A finished run, ready to predict. KitError where a part of it is missing or damaged.
+
+    It holds `config`, `method`, `vocab`, `model` (in evaluation mode), `backbone` (frozen), `size`,
+    `threshold`, `stretch`, `result`, `folder`, `device`, and `finder` for a method that chooses."""
     folder = Path(folder or SHIPPED).resolve()
     (result, config), out = _result(folder), folder.parent.parent
     again = "Delete the run's folder and run lts reproduce again"
@@ -142,7 +146,7 @@ def predict(
     run,             # from `load_run`
     image:np.ndarray, # (H, W, 3) uint8, RGB
     expression:str,  # a referring expression
-)->tuple:            # mask (H, W) bool, prior (H, W) float in 0 … 1 or None where the model has none
+)->tuple:            # mask (H, W) bool, and prior (H, W) in 0 … 1, None for a model without one
     "Segment what a sentence means. KitError for a sentence without words."
     method, cfg, max_len = run.method, run.config.model, run.config.data.max_len
     tokens, lengths = pad_batch([encode(expression, run.vocab, max_len)])
@@ -157,7 +161,8 @@ def predict(
         prior = method.prior(out)
     geometry = letterbox_geometry(*image.shape[:2], run.size, run.stretch)
     def picture(_): return (pixels.transpose(1, 2, 0)*255).round().astype(np.uint8), geometry
-    maps, cut = finished(method, cfg, method.finishes[0], out, run.threshold, run.size, [0], picture)
+    maps, cut = finished(method, cfg, method.finishes[0], out, run.threshold, run.size, [0],
+                         picture)
     mask = predict_mask(maps[0, 0], geometry, cut)
     if prior is None: return mask, None
     return mask, undo_letterbox(prior[0, 0].sigmoid().cpu(), geometry).numpy()
@@ -297,8 +302,10 @@ def evaluate_run(
     detections=None,    # a user's own, for methods that choose; None: those of the run's head
     least:float=0.,     # score from which one of those counts
     clean:bool=False,   # the user asserts that their detector never saw these pictures
-)->dict:                # n, oIoU, mIoU, prec@0.5 … prec@0.9, pointing (None for a model without a prior); with detections also recall@0.5, and what they are
+)->dict:                # n, oIoU, mIoU, prec@0.5 … prec@0.9 and pointing
     """Metrics of a trained run on a split of any REFER data set.
+    `pointing` is None for a model without a prior. With detections the dictionary also has
+    recall@0.5 and says what they are.
     KitError where the run, the data or the place for the masks is not right."""
     refer, run = Refer(root, dataset, by), load_run(folder, root)
     samples = Samples(refer, split, run.vocab, run.config.data.max_len, run.size,

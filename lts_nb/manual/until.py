@@ -60,7 +60,7 @@ class Look(NamedTuple):
     number:int   # 1 to 6
     runs:list    # configurations: all that this and the earlier looks need
     todo:list    # of these, the ones to be done
-    claims:pd.DataFrame  # verdicts so far, of the claims that were asked for; None at the first look
+    claims:pd.DataFrame  # verdicts so far on what was asked for; None at the first look
     effects:pd.DataFrame # and the effects behind them
 
 def judge(

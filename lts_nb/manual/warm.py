@@ -191,7 +191,7 @@ def _write_kernel(folder):
 # %% ../../nbs/manual/11_warm.ipynb #655dc3f9
 class Warm:
     "A server of this process. `start` does nothing where the system cannot do it."
-    def __init__(self): self.folder = self.process = None
+    def __init__(self): self.folder = self.process = self.before = None
 
     def start(self,
         threads:int=1, # that a run may use; OpenMP reads it once
@@ -211,9 +211,9 @@ class Warm:
             self.process = subprocess.Popen(
                 [sys.executable, *serve], stdin=subprocess.PIPE, env=os.environ | few,
                 start_new_session=True, pass_fds=[listener.fileno()])
-        before = os.environ.get('JUPYTER_PATH')
-        os.environ[ADDRESS] = str(self.folder/'socket')
-        os.environ['JUPYTER_PATH'] = os.pathsep.join(filter(None, [str(self.folder), before]))
+        self.before = os.environ.get('JUPYTER_PATH', '')
+        places = [str(self.folder), *filter(None, [self.before])]
+        os.environ |= {ADDRESS: str(self.folder/'socket'), 'JUPYTER_PATH': os.pathsep.join(places)}
 
     def stop(self):
         "End the server, and what it still runs."
@@ -222,6 +222,7 @@ class Warm:
         self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
         del os.environ[ADDRESS]
+        os.environ['JUPYTER_PATH'] = self.before
         self.process = None
 
 # %% ../../nbs/manual/11_warm.ipynb #5998409a
