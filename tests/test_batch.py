@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from lts_nb.evidence.experiments import runs_for
 from lts_nb.manual import batch
 
 TABLE, RUNS = '4', 9
@@ -66,6 +67,23 @@ def test_second_time_does_nothing(made):
     before = finished(made.out)
     assert run(made.out, made.root).returncode == 0
     assert finished(made.out) == before
+
+
+def test_a_clone_that_moved_computes_nothing_again(made, monkeypatch):
+    "Its modules lie at other paths, which is all that Snakemake would see."
+    out, clone = made.base/'moved', made.base/'clone'
+    shutil.copytree(made.out, out)
+    clone.symlink_to(batch.KIT)
+    monkeypatch.setattr(batch, 'KIT', clone)
+    before = finished(out)
+    runs = runs_for('smoke', [TABLE])
+    brought = batch.bring_up(runs, [TABLE], 1, out, made.root, 2)
+    assert not brought.failed and finished(out) == before and len(before) == RUNS
+    # another backbone is another matter: what was made with the old one is not done
+    weights = next((out/'shared').glob('backbone-*.safetensors'))
+    assert len(batch.settled_runs(runs, out, made.root)) == RUNS
+    weights.write_bytes(weights.read_bytes() + b' ')
+    assert batch.settled_runs(runs, out, made.root) == []
 
 
 def test_changed_row_is_rerun_alone(made, monkeypatch):

@@ -466,7 +466,7 @@ def test_a_merged_run_that_has_become_stale_is_made_anew(other, tmp_path):
     merge.merge_runs([other], tmp_path/'out', 'smoke')
     edit(tmp_path/'out'/'runs'/'lts-refshapes-smoke-s0', code__modules={})
     runs = [run_config(e, 'refshapes', 'smoke') for e in ('lts', 'fusion')]
-    assert batch.settle_merged(runs, tmp_path/'out') == ['fusion-refshapes-smoke-s0']
+    assert batch.settled_runs(runs, tmp_path/'out', tmp_path) == ['fusion-refshapes-smoke-s0']
     assert state(tmp_path/'out') == 'missing'
 
 

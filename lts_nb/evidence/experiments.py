@@ -6,12 +6,13 @@
 __all__ = ['EXPERIMENTS', 'EXTRA', 'RIVALS', 'RATES', 'SIZES_416', 'SPLITS_OF', 'ROWS', 'TABLES', 'ABLATION', 'SHAPES', 'PAPER',
            'MAX_LEN', 'CPU', 'GPU', 'SMALL_SIZES', 'SMALL_HEAD', 'SHALLOW', 'DARKNET53', 'PRESETS', 'FROZEN', 'PACKAGE',
            'Row', 'base_of', 'method_for', 'stride_of', 'blind_of', 'Cells', 'as_cells', 'rows', 'variant_name',
-           'preset_of', 'run_name', 'run_config', 'runs_for', 'imported_modules', 'module_closure', 'module_hashes',
-           'run_modules', 'method_hashes', 'run_hashes', 'other_code']
+           'preset_of', 'run_name', 'run_config', 'runs_for', 'imported_modules', 'module_closure', 'code_digest',
+           'module_hashes', 'run_modules', 'method_hashes', 'run_hashes', 'other_code']
 
 # %% ../../nbs/evidence/02_experiments.ipynb #a8c68482
-import ast, hashlib, re
+import ast, hashlib, json, re
 from dataclasses import asdict
+from functools import lru_cache
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import NamedTuple
@@ -381,13 +382,20 @@ def _source(name):
     "The file of one of our modules, 'training.run'."
     return PACKAGE/(name.replace('.', '/') + '.py')
 
+def _parsed(file):
+    "The syntax tree of a file; one that has not changed is read once."
+    return _parsed_as_of(file, file.stat().st_mtime_ns)
+
+@lru_cache(256)
+def _parsed_as_of(file, when): return ast.parse(file.read_text())
+
 def imported_modules(
     name:str, # of one of our modules: 'training.run'
 )->set:       # names of ours that its source imports, at its top or within a function
     "What one module imports of the kit."
     here = f'lts_nb.{name}'.rpartition('.')[0]
     found = set()
-    for node in ast.walk(ast.parse(_source(name).read_text())):
+    for node in ast.walk(_parsed(_source(name))):
         if not isinstance(node, ast.ImportFrom): continue
         target = resolve_name('.'*node.level + (node.module or ''), here)
         # `from lts_nb.data import refer` names a module,
@@ -407,13 +415,39 @@ def module_closure(
         todo |= imported_modules(name) - seen
     return sorted(seen)
 
+# %% ../../nbs/evidence/02_experiments.ipynb #0f2922cb
+_documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+
+def _is_empty(node): return isinstance(node, ast.Constant) and node.value == ''
+
+def _said(node):
+    "A syntax tree as nested lists: no places in the file, no docstrings, nothing that is empty."
+    if isinstance(node, list): return [_said(part) for part in node]
+    if not isinstance(node, ast.AST): return repr(node)
+    out = [type(node).__name__]
+    for field, value in ast.iter_fields(node):
+        documented = field == 'body' and isinstance(node, _documented)
+        if documented and ast.get_docstring(node, clean=False) is not None: value = value[1:]
+        # some versions of Python end the parts of an f-string with an empty one
+        if isinstance(node, ast.JoinedStr): value = [v for v in value if not _is_empty(v)]
+        # `kind` tells u'' from '', and `type_ignores` are comments
+        if value is None or value == [] or field in ('kind', 'type_ignores'): continue
+        out += [field, _said(value)]
+    return out
+
+@lru_cache(256)
+def code_digest(
+    tree:ast.Module, # of a module
+)->str:              # 12 hex digits
+    "What a module does, whatever its layout, comments and docstrings are."
+    return hashlib.sha256(json.dumps(_said(tree)).encode()).hexdigest()[:12]
+
 # %% ../../nbs/evidence/02_experiments.ipynb #dc4b20fc
 def module_hashes(
     *names,   # of our modules
-)->dict:      # {module: 12 hex digits of its source}
-    "Hashes of the modules that some modules need."
-    needed = module_closure(*names)
-    return {n: hashlib.sha256(_source(n).read_bytes()).hexdigest()[:12] for n in needed}
+)->dict:      # {module: its `code_digest`}
+    "Digests of the modules that some modules need."
+    return {name: code_digest(_parsed(_source(name))) for name in module_closure(*names)}
 
 def run_modules(
     method:str, # a method's name
@@ -427,20 +461,20 @@ def run_modules(
 
 def method_hashes(
     runs:list, # configurations
-)->dict:       # {method: {module: 12 hex digits of its source}}
-    "Hashes of the modules that decide each method's runs; reading them takes a tenth of a second."
+)->dict:       # {method: {module: its `code_digest`}}
+    "Digests of the modules that decide each method's runs."
     methods = {r.method for r in runs}
     return {m: module_hashes(*run_modules(m)) for m in methods}
 
 def run_hashes(
     config:RunConfig, # of a run
-)->dict:              # {module: 12 hex digits of its source}
-    "Hashes of the modules that decide a run."
+)->dict:              # {module: its `code_digest`}
+    "Digests of the modules that decide a run."
     return method_hashes([config])[config.method]
 
 def other_code(
     result:dict,  # of a run
-    hashes:dict,  # of the modules that decide the run, here
+    hashes:dict,  # of the modules that decide the run, here: `run_hashes`
 )->list:          # names of modules
     """The modules that differ between the code that made a run and the code that is here.
     A module of another version does not count where a user said why its change cannot matter."""

@@ -6,12 +6,13 @@
 __all__ = ['KIT', 'default_out', 'default_root', 'committed', 'make_plan', 'things_step', 'run_state', 'known_of_runs',
            'known_seconds', 'run_seconds', 'at_a_time', 'plan', 'time_left', 'things_stamp', 'describe_plan',
            'describe_run', 'missing_inputs', 'open_folder', 'Place', 'TimeIsUp', 'seconds_left', 'failure_of',
-           'release_features', 'check_inputs', 'Brought', 'settle_merged', 'bring_up', 'reproduce', 'make_report',
+           'release_features', 'check_inputs', 'Brought', 'settled_runs', 'bring_up', 'reproduce', 'make_report',
            'say_where']
 
 # %% ../../nbs/manual/03_batch.ipynb #cf6fe094
-import json, os, re, shutil, signal, subprocess, sys, time
+import hashlib, json, os, re, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 import pandas as pd
@@ -502,17 +503,28 @@ class Brought(NamedTuple):
     late: bool          # the time was up before all runs were done
 
 # %% ../../nbs/manual/03_batch.ipynb #383a2c2c
-def settle_merged(
+def settled_runs(
     runs:list,   # configurations
     out:Path,    # the report's folder, its lock held
+    root:Path,   # the data's folder
 )->list:         # names of runs that Snakemake need not look at
-    "The runs that came from another report and are done; those that are stale are removed."
-    came = [r for r in runs if (out/'runs'/r.run/MERGED).exists()]
-    hashes = method_hashes(came)
-    states = {r.run: run_state(r, out, hashes[r.method])[0] for r in came}
-    for run, state in states.items():
-        if state != 'done': shutil.rmtree(out/'runs'/run)
-    return [run for run, state in states.items() if state == 'done']
+    "The runs that are done; one that came from another report and is stale is removed."
+    hashes, settled = method_hashes(runs), []
+    @cache
+    def checksum(weights):
+        with open(weights, 'rb') as f: return hashlib.file_digest(f, 'md5').hexdigest()
+    for r in runs:
+        folder = out/'runs'/r.run
+        merged = (folder/MERGED).exists()
+        if run_state(r, out, hashes[r.method])[0] != 'done':
+            if merged: shutil.rmtree(folder)
+            continue
+        # a merged run comes without its backbone; that of another may have been made anew
+        weights = shared_backbone(r, out, root)
+        made_with = _result(out, r.run)['backbone']['md5']
+        same = merged or not weights.exists() or checksum(weights) == made_with
+        if same: settled.append(r.run)
+    return settled
 
 # %% ../../nbs/manual/03_batch.ipynb #7760920c
 def bring_up(
@@ -526,7 +538,7 @@ def bring_up(
     until:float=None,    # when to stop at the latest, as time.time() counts
 )->Brought:
     "Bring runs up to date, and say which failed. Ctrl-C loses nothing."
-    settled = settle_merged(runs, out)
+    settled = settled_runs(runs, out, root)
     the_plan = make_plan(runs, wanted, seeds, out, root) | place.plan | dict(settled=settled)
     write_text(out/'plan.json', json.dumps(the_plan, indent=1, sort_keys=True))
     cores = cores or place.cores or os.cpu_count() or 1
