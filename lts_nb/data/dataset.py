@@ -27,10 +27,10 @@ class Samples:
         max_len:int=15,         # longest sentence, words (20 for RefCOCOg)
         size:int=416,           # side of the letterboxed input, pixels
         downsample:str='nearest-exact', # how a mask becomes a grid; 'nearest' is MCN's
-        shuffle:int|None=None,  # seed: give every row the sentence of another row (the blind control)
+        shuffle:int|None=None,  # seed: give every row another row's sentence (the blind control)
         stretch:bool=False,     # stretch the image instead of letterboxing it
         targets=('mask', 'prior'), # what a batch carries: names of `TARGETS`
-        inputs=None,            # list of word lists -> {name: tensor}: what a method reads beside ids
+        inputs=None,            # lists of words -> {name: tensor}: what a method reads beside ids
     ):
         for name in targets:
             if name not in TARGETS: raise unknown_name('target', name, TARGETS)

@@ -333,7 +333,7 @@ def load_restricted_pickle(
 def load_refs(
     path,  # refs(<by>).p of a release
 ):         # its content
-    """What a pickle of refs holds, from a JSON file beside it where the same bytes were opened before.
+    """What a pickle of refs holds; from a JSON file beside it where it was opened before.
     Raises `KitError` as `load_restricted_pickle` does."""
     path = Path(path)
     try: content = path.read_bytes()

@@ -389,7 +389,7 @@ def segment(
     return mask > about['threshold'], prior[0] if prior else None
 
 # %% ../../nbs/manual/05_export.ipynb #3c45f7b4
-_HEAD = '''"""Predict from an ONNX file of the LTS kit. It needs numpy, pillow and onnxruntime, no torch.
+_HEAD = '''"""Predict from an ONNX file of the LTS kit, with numpy, pillow and onnxruntime alone.
 
     python NAME model.onnx picture.png "the red ball on the left" mask.png
 

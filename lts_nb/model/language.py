@@ -64,8 +64,8 @@ class LanguageEncoder(nn.Module):
     ):            # words (B,T,2·hidden), f_text (B,2·hidden), mask (B,T)
         "Returns words, f_text and mask. KitError for an empty sentence."
         T, mask = tokens.shape[1], real_words(tokens, lengths)
-        # eq. 1, 2 and 4: each sentence over exactly its own words; packing wants lengths on the CPU,
-        # and where they fall already it need not sort, for which a GPU would be waited for
+        # eq. 1, 2 and 4: each sentence over exactly its own words. Packing wants lengths on the
+        # CPU, and where they fall already it need not sort, for which a GPU would be waited for
         x, known = self.drop(self.embed(tokens)), lengths.cpu()
         falling = bool((known[1:] <= known[:-1]).all())
         packed = pack_padded_sequence(x, known, batch_first=True, enforce_sorted=falling)

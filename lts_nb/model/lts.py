@@ -251,7 +251,7 @@ def speed_ratio(
     size:int=416,   # side of the input
     words:int=15,   # length of the sentence
     repeat:int=5,   # calls timed, of which the median counts
-):                  # (ratio, seconds of a pass, seconds of a square matrix product of as many FLOPs)
+):                  # (ratio, seconds of a pass, seconds of a square product of as many FLOPs)
     "Time of one pass from image to mask against one matrix product of as many operations."
     last = torch.channels_last
     model, backbone = model.eval().to(memory_format=last), backbone.to(memory_format=last)

@@ -52,7 +52,7 @@ def gather_cells(
 
 # %% ../../nbs/rivals/11_bcam.ipynb #6034d755
 class FourMaps(nn.Module):
-    "M₁ … M₄: four 1×1 maps with ReLU of [sentence in every cell, V, place], without a copied sentence."
+    "M₁ … M₄: four 1×1 maps with ReLU of [sentence, V, place]; no sentence is copied to the cells."
     def __init__(self,
         d_text:int,  # of the sentence's vector
         width:int,   # C: channels of V and of each result
@@ -315,7 +315,7 @@ class BRINet(nn.Module):
         pads = (self.cfg.max_len - mask.sum(1)).clamp_min(0) if self.cfg.leak else None
         return words, q, mask, pads
     def forward(self, features, tokens, lengths):
-        "features (v1 before the tail, v2, v3), tokens (B,T), lengths (B,) -> Maps, aux deepest first."
+        "features (v1 before the tail, v2, v3), tokens (B,T), lengths (B,) -> Maps, deepest first"
         said = self.read(tokens, lengths)
         V = self.look((self.tail(features[0]), features[1], features[2]))
         # every level reads the sentence by itself

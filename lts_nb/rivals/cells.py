@@ -20,7 +20,8 @@ def coordinates(
     w:int,  # columns
     like:torch.Tensor=None, # whose type and device it takes
 )->torch.Tensor:            # (1, 8, h, w): left, top, right, bottom, middle x, middle y, 1/w, 1/h
-    "Each cell's place on a map whose sides run from -1 to 1 (`generate_spatial_batch` of Hu et al. 2016)."
+    """Each cell's place on a map whose sides run from -1 to 1 (`generate_spatial_batch` of
+    Hu et al. 2016)."""
     kind = {} if like is None else dict(dtype=like.dtype, device=like.device)
     x, y = torch.arange(w, **kind), torch.arange(h, **kind)
     left, right = 2*x/w - 1, 2*(x + 1)/w - 1

@@ -124,8 +124,9 @@ def triple(self:CrossModalAttention,
     sides,  # cells (B,P,C), words (B,T,E), places (1,P,8)
     real,   # (B,T)
     grid,   # (h,w)
-):          # g without attention, averaged over words (B,P,D); θ (B,T,P,d), φ, γ (B,K,d), valid (B,K)
-    "Queries of all pairs, keys and values of all blocks of pairs."
+):          # g, θ, φ, γ, valid
+    """Queries of all pairs, keys and values of all blocks of pairs: g (B,P,D) without attention,
+    averaged over words; θ (B,T,P,d); φ and γ (B,K,d); valid (B,K)."""
     cells, words, places = sides
     if self.reduce is None:
         pairs, (B, P) = sides, cells.shape[:2]
@@ -164,8 +165,8 @@ def forward(self:CrossModalAttention,
 
 # %% ../../nbs/rivals/10_cmsa.ipynb #83fb5c78
 class GatedFusion(nn.Module):
-    """Three maps of one size become one: each level decides, cell by cell, what it takes from the others
-    (`MGATE` and `GATECell` of the official CMSA_model.py)."""
+    """Three maps of one size become one: each level decides, cell by cell, what it takes from the
+    others (`MGATE` and `GATECell` of the official CMSA_model.py)."""
     def __init__(self,
         width:int,        # channels of the maps
         gate:str='code',  # or 'paper': one number a cell, and gates that belong to the sender
@@ -209,7 +210,8 @@ class CMSAConfig(Config):
     pool_words: bool = Field(True, description='a block is two words deep, too')
     scale: bool = Field(False, description='logits over sqrt(d)')
     gate: Literal['code', 'paper'] = Field('code', description="'paper': one number a cell")
-    words: Literal['embed', 'gru'] = Field('embed', description="'gru': LTS's words, which know order")
+    words: Literal['embed', 'gru'] = Field(
+        'embed', description="'gru': LTS's words, which know order")
     gru_dim: Width = Field(512, description="of the GRU, per direction, with words='gru'")
     own_grid: bool = Field(False, description='each level attends on its own grid')
     loss_grid: Literal[4, 8] = Field(4, description='pixels a cell of the trained mask')
@@ -281,8 +283,8 @@ class CMSAMethod(MapMethod):
     name, title, config = 'cmsa', 'CMSA', CMSAConfig
     finishes = ('plain', 'crf')
     notes = (
-        "CMSA reads the three maps of this kit's backbone at strides 32, 16 and 8, resized to stride "
-        '8; the original reads a DeepLab ResNet101 that keeps stride 8 at all depths.',
+        "CMSA reads the three maps of this kit's backbone at strides 32, 16 and 8, resized to "
+        'stride 8; the original reads a DeepLab ResNet101 that keeps stride 8 at all depths.',
         'Its words are bare embeddings: it has no recurrent network, as the original has none.',
         'Its cost grows with the square of the number of words; at the preset cpu each level '
         'therefore attends on its own grid (own_grid).',

@@ -16,7 +16,7 @@ def map_norm(
     channels:int, # of the map
 )->nn.GroupNorm:
     """Layer norm of a whole map: mean and variance over channels and cells of one sample, scale and
-    shift a channel. TensorFlow's ε is 1e-12; torch's 1e-5 is not small where inputs have length 1."""
+    shift a channel. TensorFlow's ε is 1e-12; torch's 1e-5 is not small for inputs of length 1."""
     return nn.GroupNorm(1, channels, eps=1e-12)
 
 # %% ../../nbs/rivals/03_convlstm.ipynb #8d116bd9
@@ -38,7 +38,8 @@ def peepholes(
 
 # %% ../../nbs/rivals/03_convlstm.ipynb #f2c4aaa2
 class GatedMemory(nn.Module):
-    "Gates j, i, f, o with norms and peepholes, and what they do to a memory (`util/cell.py` of RRN)."
+    """Gates j, i, f, o with norms and peepholes, and what they do to a memory (`util/cell.py`
+    of RRN)."""
     def __init__(self,
         width:int,   # channels of the memory
         grid,        # (h,w) of the maps

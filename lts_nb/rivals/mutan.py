@@ -12,7 +12,8 @@ from .cells import conv, glorot, unit
 
 # %% ../../nbs/rivals/04_mutan.ipynb #616641f6
 class Mutan(nn.Module):
-    "Low-rank bilinear fusion of a map and a vector (Ben-younes et al. 2017), as CMPC and LSCM use it."
+    """Low-rank bilinear fusion of a map and a vector (Ben-younes et al. 2017), as CMPC and LSCM
+    use it."""
     def __init__(self,
         c_map:int,   # channels of the map, coordinates included
         d_text:int,  # of the sentence's vector

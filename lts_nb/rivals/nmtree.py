@@ -521,8 +521,8 @@ class NMTreeMethod(Chooser):
              'reads the features of a trained MAttNet, which has heard the sentence.',
              'It learns from the boxes of all annotated objects of the training pictures, and the '
              'detector from their masks.',
-             "Its trees come from the grammar of RefShapes at the presets smoke, cpu and gpu, and from "
-             "spaCy's small English model 3.8.0 at the preset paper.")
+             "Its trees come from the grammar of RefShapes at the presets smoke, cpu and gpu, and "
+             "from spaCy's small English model 3.8.0 at the preset paper.")
     def network(self, cfg, channels, vocab, vectors=None):
         return NMTree(cfg, channels, len(vocab), vectors)
     def inputs(self, cfg, sentences):

@@ -216,8 +216,9 @@ class Towers(nn.Module):
     def forward(self,
         level,    # (P,w,h,w') of P3, P4 or P5
         k:int,    # its number, from 0
-    )->tuple:     # logits (P,n,C), distances (P,n,4) in strides, centre-ness (P,n), controls (P,n,·)
-        "The answers at the h·w' locations of a level."
+    )->tuple:     # logits, distances, centre-ness, controls
+        """The answers at the n = h·w' locations of a level: logits (P,n,C), distances (P,n,4) in
+        strides, centre-ness (P,n), controls (P,n,·)."""
         b = self.boxes(level)
         c = b if self.shared else self.classes(level)
         # a location a row
@@ -493,7 +494,7 @@ def candidates(
     least:float=.05,   # score from which a location is looked at
     most:int=100,      # locations looked at in a picture
     hidden:int=8,      # channels within a dynamic mask head
-)->list: # for each picture (boxes (M,4), kinds (M,), scores (M,), masks (M,H/4,W/4)), falling scores
+)->list: # a picture: boxes (M,4), kinds (M,), falling scores (M,), masks (M,H/4,W/4)
     "Locations that are sure of something, with masks, and with scores after matrix NMS."
     found = []
     score, kind = out.logits.float().sigmoid().max(-1)

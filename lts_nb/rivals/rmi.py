@@ -18,7 +18,8 @@ from ..settings import Config, Width
 
 # %% ../../nbs/rivals/07_rmi.ipynb #eceb09ca
 class SentenceOnce(nn.Module):
-    "The baseline: ReLU(W [cell; last state] + b) in every cell (`LSTM_model.py`, after Hu et al. 2016)."
+    """The baseline: ReLU(W [cell; last state] + b) in every cell (`LSTM_model.py`, after
+    Hu et al. 2016)."""
     def __init__(self,
         c_cell:int,  # channels of what a cell shows
         c_word:int,  # of a state
@@ -32,7 +33,8 @@ class SentenceOnce(nn.Module):
         lengths,  # (B,) real words of each sentence
     )->torch.Tensor: # (B,width,h,w)
         "The last state stands beside every cell."
-        last = words[torch.arange(words.shape[0], device=words.device), lengths.to(words.device) - 1]
+        last = words[torch.arange(words.shape[0], device=words.device),
+                     lengths.to(words.device) - 1]
         copies = last[:, :, None, None].expand(-1, -1, *cells.shape[-2:])
         return self.hidden(torch.cat([cells, copies], 1)).relu()
 

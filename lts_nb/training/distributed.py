@@ -311,7 +311,7 @@ def join_group(
     config:RunConfig,   # of the run
     timeout:float=300., # seconds that a process waits for another
 )->Accelerator:
-    "Join the processes that a launcher has started. KitError where there is no device for this one."
+    "Join the processes that a launcher has started. KitError where this one has no device."
     compute, place = config.compute, int(os.environ['LOCAL_RANK'])
     if compute.device == 'cpu' or not torch.cuda.is_available():
         compute = compute.replace(device='cpu')

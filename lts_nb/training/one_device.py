@@ -133,7 +133,7 @@ def build_pictures(
     batch:int=64,        # pictures between two notes
     progress:bool=True,  # show a bar
 )->KeptPictures:
-    "All pictures as bytes in a file; goes on where an interrupted call stopped. KitError: the disk."
+    "All pictures as bytes in a file; an interrupted call is continued. KitError: the disk."
     folder, ids = Path(folder), list(image_ids)
     done, part = folder/key, folder/f'{key}.part'
     try: folder.mkdir(parents=True, exist_ok=True)
@@ -171,8 +171,8 @@ def _placed(kept, place, device):
     here = torch.from_numpy(kept.pictures)
     # a processor reads the file itself, and the operating system keeps in memory what is read
     if device.type == 'cpu': return here
-    there = torch.empty(here.shape, dtype=torch.uint8, device=device if place == 'device' else 'cpu',
-                        pin_memory=place == 'host')
+    there = torch.empty(here.shape, dtype=torch.uint8, pin_memory=place == 'host',
+                        device=device if place == 'device' else 'cpu')
     for i in range(0, len(here), 256): there[i:i + 256].copy_(here[i:i + 256])
     return there
 
@@ -253,7 +253,7 @@ class Table:
     def __init__(self,
         samples:Samples,        # of the training split
         source:PictureFeatures, # has their pictures
-        trim:bool=True,         # cut words that no sentence of a batch has; False: one shape for all
+        trim:bool=True,         # cut places that no sentence fills; False: one shape for all
     ):
         self.samples, self.source, self.trim = samples, source, trim
         device = self.device = source.device

@@ -229,8 +229,8 @@ def on_device(
     source,      # the feature source it came from
     device,      # of the model
     rows=True,   # False: features with a row a picture, for `Method.look`
-)->tuple:        # (features, batch): tensors on the device, but for `lengths`, which packing wants on the CPU
-    "A batch where the model is."
+)->tuple:        # (features, batch)
+    "A batch where the model is, but for `lengths`, which packing wants on the CPU."
     if 'pixels' in batch: features = (*source.of_images(batch['pixels']), *batch.get('things', ()))
     else: features = batch['features']
     moved = {k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)

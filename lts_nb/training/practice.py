@@ -107,7 +107,7 @@ def by_heart(
 # %% ../../nbs/training/10_practice.ipynb #3df90ad6
 def show_masks(
     practice:Practice, # whose sentences
-    maps,              # (n, 1, h, w) or (n, h, w) in 0 … 1: probabilities, or an attention scaled to 1
+    maps,              # (n, 1, h, w) or (n, h, w) in 0 … 1: probabilities, or attention up to 1
     axes,              # one a sentence
     cmap:str='inferno',# of the map
 ):

@@ -16,10 +16,13 @@ from filelock import FileLock
 from ..errors import disk_error, write_text
 from ..data.dataset import Samples
 from .config import RunConfig, method_of
-from .opening import build_model, open_backbone, open_data, open_features, set_up, shared_backbone
-from .scoring import ExampleKeeper, WorstKeeper, best_threshold, evaluate, kept_arrays
+from .opening import (build_model, open_backbone, open_data, open_features,
+                                     set_up, shared_backbone)
+from .scoring import (ExampleKeeper, WorstKeeper, best_threshold, evaluate,
+                                     kept_arrays)
 from .scoring import finish_metrics, pack_examples, save_arrays, split_ceiling
-from .scoring import sentence_facts, split_metrics, swapped_metrics, threshold_metrics
+from .scoring import (sentence_facts, split_metrics, swapped_metrics,
+                                     threshold_metrics)
 
 # %% ../../nbs/training/09_run.ipynb #ea65fdab
 class Run:
@@ -56,7 +59,7 @@ class Run:
         return found
 
     def shared(self, kind, *of, suffix='.npz'):
-        "The file of a kind that all runs of a report share for this data; `of` names its split first."
+        "The file of a kind that all runs of a report share for this data; `of`: its split first."
         print_ = self.fingerprint.replace(':', '-')
         name = '-'.join(map(str, (self.config.data.dataset, *of, print_)))
         return self.out/'shared'/kind/(name + suffix)

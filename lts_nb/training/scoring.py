@@ -37,7 +37,7 @@ def _lattice():
     return CompiledLattice
 
 def _by_crf(probability, threshold, size, images, pictures):
-    "The dense CRF's answer as a probability map of the input's size; each image's sentences at once."
+    "The dense CRF's answer as probabilities of the input's size; each image's sentences at once."
     # a CRF decides at 0, so the method's threshold becomes 0
     p = probability.double().clamp(1e-7, 1 - 1e-7)
     logits = (p.logit() - torch.tensor(threshold).double().logit()).float()
@@ -63,8 +63,8 @@ def finished(
     size:int,          # side of the input
     images:list,       # B image ids
     pictures,          # image id -> (the letterboxed picture (size, size, 3) uint8, its geometry)
-)->tuple:              # (B, 1, h, w) probabilities on the CPU, and the threshold that they are cut at
-    "A batch's probability maps as one finish leaves them. KitError for a finish that it does not have."
+)->tuple:              # (B, 1, h, w) probabilities on the CPU, and where they are cut
+    "A batch's probability maps as one finish leaves them. KitError for a finish it does not have."
     if finish not in method.finishes: raise unknown_name('finish', finish, method.finishes)
     if finish == 'plain': return method.probability(out).cpu(), threshold
     if finish != 'crf': return method.finish(cfg, finish, out, size).cpu(), threshold
@@ -93,8 +93,11 @@ def _score(mask, prior, truth, geometry, other_truth):
 # %% ../../nbs/training/08_scoring.ipynb #373792d1
 def sentence_facts(
     samples:Samples, # of a split
-)->dict: # arrays over sentences: sent_id, ref_id, image_id, sentence, area (share of the image), same (objects of the category in the image)
-    "What is known of each sentence of a split before any model has seen it."
+)->dict: # {name: array over sentences}
+    """What is known of each sentence of a split before any model has seen it.
+
+    The arrays are sent_id, ref_id, image_id, sentence, area (the object's share of the image) and
+    same (how many objects of its category the image has)."""
     refer = samples.refer
     # crowds are no single objects, so they are not counted
     things = [a for a in refer.annotations.values() if not a.iscrowd]
@@ -242,13 +245,20 @@ def evaluate(
     device='cpu',      # of the model
     batch:int=64,      # sentences at once
     workers:int=0,     # loader processes
-    on_mask=None,      # called with (Sentence, Ref, mask, prior logits on the grid, truth) for every sentence; its method `again`, if there is one, with (finish, Sentence, mask) for the others
+    on_mask=None,      # called for every sentence: (Sentence, Ref, mask, prior logits, truth)
     progress:bool=True, # show a bar
     threshold=None,    # of the masks; None: the method's own
     finishes=None,     # names; None: all of the method's. The first is shown to `on_mask`
     facts=None,        # from `sentence_facts`, where they are known
-)->dict:               # arrays over sentences: those of `sentence_facts`, intersection, union, hit, other_i, other_u, NAME_i and NAME_u of other finishes, curve_i and curve_n (n, thresholds) of the first, truth_n, ms_forward and ms_NAME (milliseconds a sentence)
-    "Score every sentence of a split at the original image size."
+)->dict:               # {name: array over sentences}
+    """Score every sentence of a split at the original image size.
+
+    The arrays are those of `sentence_facts`, with `intersection`, `union` and `truth_n` in pixels,
+    `hit` of the prior, `other_i` and `other_u` of the swapped control, `curve_i` and `curve_n`
+    (n, thresholds) of the first finish, NAME_i and NAME_u of each further finish, and
+    `ms_forward` and ms_NAME in milliseconds a sentence.
+
+    A method `again` of `on_mask` is called with (finish, Sentence, mask) for the other finishes."""
     model.eval()
     score = _Scorer(method, cfg, samples, threshold, finishes, on_mask)
     batches = loader(samples, source, by_picture(samples, batch), workers)
@@ -262,8 +272,8 @@ def evaluate(
 # %% ../../nbs/training/08_scoring.ipynb #35b0ce32
 def split_metrics(
     scores:dict,  # from `evaluate`
-)->dict:          # n, oIoU, mIoU, prec@0.5 … prec@0.9, pointing, all in percent; pointing None without a prior
-    "A split's metrics from its sentences' scores."
+)->dict:          # n, and in percent oIoU, mIoU, prec@0.5 … prec@0.9, pointing
+    "A split's metrics from its sentences' scores; pointing is None for a method without a prior."
     out = summarise(scores['intersection'], scores['union'])
     hits = scores['hit'][scores['hit'] >= 0]
     return out | {'pointing': 100*float(hits.mean()) if len(hits) else None}
