@@ -1,9 +1,11 @@
 "The house's order: an import never leads from an earlier part to a later one."
+import ast
+import os
 import re
 
 import pytest
 
-from lts_nb.evidence.experiments import imported_modules
+from lts_nb.evidence.experiments import code_digest, imported_modules
 from parts import ROOT, modules, notebooks, read_parts, rooms
 
 PARTS = read_parts()
@@ -51,3 +53,32 @@ def test_notebook_and_module_have_one_name():
     for notebook, module in made.items():
         part, name = notebook.split('/')
         assert module in (f'{part}.{name[3:]}', name[3:])
+
+
+# ---- which code made a run
+
+def test_a_digest_is_the_same_on_every_python():
+    "Two machines must agree about the code; this one was computed on 3.11, 3.12 and 3.13."
+    source = '''"""A module."""
+import os  # a comment
+def f(x: int = 1, *, y='a') -> str:
+    "A docstring."
+    return f"{x:>{len(y)}.2f} {y!r}" 'tail' if x else None
+async def g(): return [z async for z in h() if z]
+class C(D, k=1): pass
+match f:
+    case {'a': [1, *rest]} | C(b=2): raise E from None
+'''
+    assert code_digest(ast.parse(source)) == '0a8d88883404'
+    assert code_digest(ast.parse(source.replace('  # a comment', '').replace('A docstring', 'Another'))) == '0a8d88883404'
+    assert code_digest(ast.parse(source.replace("y='a'", "y='b'"))) != '0a8d88883404'
+
+
+def test_a_module_is_read_again_where_it_has_changed(tmp_path):
+    from lts_nb.evidence.experiments import _parsed
+    file = tmp_path/'m.py'
+    file.write_text('x = 1')
+    one = code_digest(_parsed(file))
+    file.write_text('x = 2')
+    os.utime(file, ns=(1, 1))
+    assert code_digest(_parsed(file)) != one
