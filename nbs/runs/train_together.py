@@ -11,6 +11,7 @@ notebook finds the finished checkpoint, scores it and writes `result.json`.
 """
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -32,10 +33,23 @@ def leave_the_group():
         if name in PLACE or name.startswith(LAUNCHERS): del os.environ[name]
 
 
+def wait_for(folder, hashes, timeout):
+    "Return when the first process has looked at the checkpoint, so that all of them find the same."
+    from lts_nb.evidence.experiments import begun_with, other_code
+    ends = time.monotonic() + timeout
+    while other_code(begun_with(folder), hashes):
+        if time.monotonic() > ends: raise KitError('the first process did not begin', folder, 'Start all processes again')
+        time.sleep(.1)
+
+
 def train_and_score(config, options, root, out, timeout):
     "What one process does; only the first does more than train."
+    from lts_nb.evidence.experiments import run_hashes, set_aside_other_code
     from lts_nb.training.distributed import train_member
     first = os.environ.get('RANK') == '0'
+    folder, hashes = out/'runs'/config.run, run_hashes(config)
+    if first: set_aside_other_code(folder, hashes)
+    else: wait_for(folder, hashes, timeout)
     train_member(config, root, out, timeout)
     if not first: return
     leave_the_group()
