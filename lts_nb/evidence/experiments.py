@@ -179,6 +179,7 @@ def as_cells(
         if m not in known: raise unknown_name('method', m, known)
     return cells
 
+# %% ../../nbs/evidence/02_experiments.ipynb #a27b8ae8
 def rows(
     wanted=None,       # Cells, table numbers, or None: all tables of the paper
 )->pd.DataFrame:       # table, row, experiment, dataset (the paper's), split, blind
@@ -304,6 +305,7 @@ def _backbone(p, pretrain):
     pictures = p.get('pictures', p['recipe'])
     return b | made_here | dict(pretrain=p['pretrain'], recipe=pictures)
 
+# %% ../../nbs/evidence/02_experiments.ipynb #eb421488
 def run_config(
     experiment:str,     # a key of EXPERIMENTS
     dataset:str,        # the paper's name or ours: 'refcoco' and 'refshapes' mean the same row
@@ -415,6 +417,7 @@ def module_hashes(
     needed = module_closure(*names)
     return {n: hashlib.sha256(_source(n).read_bytes()).hexdigest()[:12] for n in needed}
 
+# %% ../../nbs/evidence/02_experiments.ipynb #66c06350
 def run_modules(
     method:str, # a method's name
 )->list:        # names of our modules
@@ -438,6 +441,7 @@ def run_hashes(
     "Hashes of the modules that decide a run."
     return method_hashes([config])[config.method]
 
+# %% ../../nbs/evidence/02_experiments.ipynb #864dc107
 def other_code(
     result:dict,  # of a run
     hashes:dict,  # of the modules that decide the run, here
