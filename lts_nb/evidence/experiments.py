@@ -7,17 +7,19 @@ __all__ = ['EXPERIMENTS', 'EXTRA', 'RIVALS', 'RATES', 'SIZES_416', 'SPLITS_OF', 
            'MAX_LEN', 'CPU', 'GPU', 'SMALL_SIZES', 'SMALL_HEAD', 'SHALLOW', 'DARKNET53', 'PRESETS', 'FROZEN', 'PACKAGE',
            'Row', 'base_of', 'method_for', 'stride_of', 'blind_of', 'Cells', 'as_cells', 'rows', 'variant_name',
            'preset_of', 'run_name', 'run_config', 'runs_for', 'imported_modules', 'module_closure', 'code_digest',
-           'module_hashes', 'run_modules', 'method_hashes', 'run_hashes', 'other_code']
+           'module_hashes', 'run_modules', 'method_hashes', 'run_hashes', 'other_code', 'begun_with',
+           'set_aside_other_code']
 
 # %% ../../nbs/evidence/02_experiments.ipynb #a8c68482
-import ast, hashlib, json, re
+import ast, hashlib, json, re, time
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import NamedTuple
 import pandas as pd
-from ..errors import KitError, unknown_name
+from filelock import FileLock
+from ..errors import KitError, disk_error, unknown_name, write_text
 from ..data.shapes import Recipe
 from ..model.method import Method
 from ..training.config import RunConfig, method_of
@@ -180,6 +182,7 @@ def as_cells(
         if m not in known: raise unknown_name('method', m, known)
     return cells
 
+# %% ../../nbs/evidence/02_experiments.ipynb #a27b8ae8
 def rows(
     wanted=None,       # Cells, table numbers, or None: all tables of the paper
 )->pd.DataFrame:       # table, row, experiment, dataset (the paper's), split, blind
@@ -305,6 +308,7 @@ def _backbone(p, pretrain):
     pictures = p.get('pictures', p['recipe'])
     return b | made_here | dict(pretrain=p['pretrain'], recipe=pictures)
 
+# %% ../../nbs/evidence/02_experiments.ipynb #eb421488
 def run_config(
     experiment:str,     # a key of EXPERIMENTS
     dataset:str,        # the paper's name or ours: 'refcoco' and 'refshapes' mean the same row
@@ -415,7 +419,7 @@ def module_closure(
         todo |= imported_modules(name) - seen
     return sorted(seen)
 
-# %% ../../nbs/evidence/02_experiments.ipynb #0f2922cb
+# %% ../../nbs/evidence/02_experiments.ipynb #e1b3f1ec
 _documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
 
 def _is_empty(node): return isinstance(node, ast.Constant) and node.value == ''
@@ -449,6 +453,7 @@ def module_hashes(
     "Digests of the modules that some modules need."
     return {name: code_digest(_parsed(_source(name))) for name in module_closure(*names)}
 
+# %% ../../nbs/evidence/02_experiments.ipynb #66c06350
 def run_modules(
     method:str, # a method's name
 )->list:        # names of our modules
@@ -472,6 +477,7 @@ def run_hashes(
     "Digests of the modules that decide a run."
     return method_hashes([config])[config.method]
 
+# %% ../../nbs/evidence/02_experiments.ipynb #864dc107
 def other_code(
     result:dict,  # of a run
     hashes:dict,  # of the modules that decide the run, here: `run_hashes`
@@ -482,3 +488,31 @@ def other_code(
     known = {pair for accepted in code.get('accepted', []) for pair in accepted['modules'].items()}
     known |= code.get('modules', {}).items()
     return [module for module, h in hashes.items() if (module, h) not in known]
+
+# %% ../../nbs/evidence/02_experiments.ipynb #211a3b39
+def begun_with(
+    folder,  # of a run
+)->dict:     # with `code`, as a result has it; empty where nothing is known
+    "What a run's folder says of the code that began its checkpoint."
+    for name in ('code.json', 'result.json'):
+        try: return dict(code=json.loads((Path(folder)/name).read_text())['code'])
+        except (OSError, ValueError, KeyError, TypeError): pass
+    return {}
+
+def set_aside_other_code(
+    folder,       # of a run that is about to be computed
+    hashes:dict,  # of the modules that decide it: `run_hashes`
+):
+    "Rename a checkpoint that other code began; from then on the folder is this code's."
+    folder = Path(folder)
+    checkpoint = folder/'checkpoint.pt'
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise disk_error(e, folder) from e
+    with FileLock(folder/'.lock'):
+        differs = other_code(begun_with(folder), hashes)
+        if checkpoint.exists() and differs:
+            aside = checkpoint.with_suffix(f'.{time.strftime("%Y%m%d-%H%M%S")}.pt')
+            checkpoint.rename(aside)
+            print(f'The checkpoint was made with other code ({", ".join(differs)[:200]}); it was '
+                  f'kept as {aside.name} and training starts anew.')
+        write_text(folder/'code.json', json.dumps(dict(code=dict(modules=hashes)), indent=1))

@@ -431,6 +431,7 @@ def _energy(results):
     if not told: return 'unknown: no run recorded a counter of its machine (RAPL, NVML)'
     return f'{sum(told)/3.6e6:.2f} kWh, told by {len(told)} of {len(results)} runs'
 
+# %% ../../nbs/evidence/13_sections.ipynb #5f8049ed
 def compute_frame(
     runs:pd.DataFrame, # from `runs_frame`
     results:list,      # from `load_results`

@@ -91,10 +91,13 @@ def _training_rate(run, seconds):
 def _scoring_rate(run):
     "Sentences a second in scoring, at the original size."
     samples, c = run.samples('val'), run.config.compute
-    began = time.perf_counter()
-    evaluate(run.model, samples, run.source, run.method, run.config.model, run.acc.device,
-             c.score_batch, c.workers, progress=False)
-    return len(samples)/(time.perf_counter() - began)
+    def seconds():
+        began = time.perf_counter()
+        evaluate(run.model, samples, run.source, run.method, run.config.model, run.acc.device,
+                 c.score_batch, c.workers, progress=False)
+        return time.perf_counter() - began
+    seconds()
+    return len(samples)/seconds()
 
 # %% ../../nbs/manual/02_throughput.ipynb #19d17a20
 def _operations(preset, vocab, device):
