@@ -86,6 +86,26 @@ def test_a_clone_that_moved_computes_nothing_again(made, monkeypatch):
     assert batch.settled_runs(runs, out, made.root) == []
 
 
+def test_edited_code_does_not_sign_old_weights(made):
+    "A run that other code made is trained anew, though its checkpoint says that training has ended."
+    out, name = made.base/'edited', 'blind-refshapesg-smoke-s0'
+    shutil.copytree(made.out, out)
+    folder = out/'runs'/name
+    for file in ('code.json', 'result.json'):
+        told = json.loads((folder/file).read_text())
+        told['code']['modules']['training.fit'] = 'another'
+        (folder/file).write_text(json.dumps(told))
+    before = finished(out)
+    result = run(out, made.root)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert {r for r, when in finished(out).items() if before[r] != when} == {name}
+    assert len(list(folder.glob('checkpoint.2*.pt'))) == 1 and (folder/'checkpoint.pt').exists()
+    # the edit was none, so the same code gives the same bytes
+    assert (out/'results.csv').read_bytes() == (made.out/'results.csv').read_bytes()
+    told = json.loads((folder/'result.json').read_text())
+    assert told['seconds']['total'] > told['seconds']['train'] > 0, 'it was trained, and not only scored'
+
+
 def test_changed_row_is_rerun_alone(made, monkeypatch):
     from lts_nb.evidence import experiments
     monkeypatch.setitem(experiments.EXPERIMENTS, 'lts-trans', {'model': {'locate': 'transformer', 'heads': 2}})

@@ -337,11 +337,12 @@ class Place(NamedTuple):
     cores: Optional[int] = None  # processors to count with, where a user names none
     before: Optional[Callable] = None # called with the report's folder once it is ours
 
-def _command(out, cores, *config, place=Place()):
+def _command(out, cores, *config, place=Place(), anew=()):
     gpus = len(place.devices) or 1
     limits = [] if place.cluster else ['--cores', str(cores), '--resources', f'gpu={gpus}']
+    forced = ['--forcerun', *anew] if anew else []
     return [sys.executable, '-m', 'snakemake', '-s', str(KIT/'workflow'/'Snakefile'), '--directory',
-            str(out), '--config', f'plan={out}/plan.json', *config, *limits, '--keep-going',
+            str(out), '--config', f'plan={out}/plan.json', *config, *limits, *forced, '--keep-going',
             '--rerun-incomplete', '--nolock', '--scheduler', 'greedy', '--quiet', 'rules',
             *place.arguments]
 
@@ -356,10 +357,14 @@ def _snakemake(out, plan, runs, cores, place=Place(), until=None):
     hashes = method_hashes(runs)
     todo = {r.run: known[r.run] for r in runs if run_state(r, out, hashes[r.method])[0] != 'done'}
     tied = 'tied=cluster' if place.cluster else 'tied=1'
+    # a result that is there and does not fit is made anew, whatever the times of files say
+    anew = [f'runs/{run}/result.json' for run, result in results.items()
+            if run not in plan['settled'] and result.exists()]
     jobs = place.jobs or at_a_time(plan['preset'], cores)
     with open(out/'snakemake.log', 'w') as log:
-        process = subprocess.Popen(_command(out, cores, tied, place=place), stdin=subprocess.PIPE,
-                                   stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        command = _command(out, cores, tied, place=place, anew=anew)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
         try:
             with terminate_as_interrupt():
                 _watch(process, results, begun, out, todo, jobs, until)
