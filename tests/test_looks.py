@@ -316,7 +316,7 @@ def test_the_plan_says_what_a_look_costs_and_promises(three):
     first, *lines = said.splitlines()
     assert re.match(r'Look 2 of 6, after 5 seeds: \d+ of 8 claims open, \d+ runs to do; about .* left', first), first
     assert any(re.match(r' *\d+%  L_loc helps \(refshapes val\): −?\d', line) for line in lines), said
-    assert re.search(r'this look decides about \d+ of these \d+\.', said) and said.splitlines()[-1].startswith('So far: ')
+    assert re.search(r'this look decides about \d+\.\d of these \d+\.', said) and said.splitlines()[-1].startswith('So far: ')
     chance = until.chances(until.next_look('smoke', ['2'], three)).chance
     assert chance.between(0, 1).all() and chance.is_monotonic_decreasing
 

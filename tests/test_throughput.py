@@ -1,5 +1,6 @@
 """How long a plan will take: measured here, damaged, unknown; and which feature caches a finished run leaves."""
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from lts_nb.data import refer
 from lts_nb.manual.cli import app
 from lts_nb.errors import KitError
 from lts_nb.evidence.experiments import run_config, runs_for
+from lts_nb.evidence.sections import _energy, known_energy
 from lts_nb.training.features import CachedFeatures
 from lts_nb.data.refer import Refer, check_dataset
 
@@ -24,7 +26,7 @@ def test_a_plan_is_measured_and_estimated(tmp_path, monkeypatch):
     throughput.keep_rates(tmp_path, throughput.measure('smoke'))
     monkeypatch.setattr(throughput, 'work_of', lambda name, root: dict(refs=900, images=300, sentences=dict(val=60, testA=60, testB=60, test=120)))
     after = plan('smoke', '--table', 4, '--out', tmp_path)
-    assert after.exit_code == 0 and ' s\n' in after.output and 'sentences a second in training' in after.output and 'minutes left' in after.output
+    assert after.exit_code == 0 and ' s\n' in after.output and 'sentences a second in training' in after.output and 'minute' in after.output
 
 
 def test_hours_of_the_papers_preset(tmp_path):
@@ -89,3 +91,52 @@ def test_a_feature_cache_lives_as_long_as_a_run_wants_it(tmp_path):
     assert not ours.folder.exists() and theirs.folder.exists(), 'another data set of the same size is left alone'
     batch.release_features(tmp_path, runs[2], SimpleNamespace())
     assert theirs.folder.exists(), 'features that are not cached leave nothing'
+
+
+# ---- energy
+
+def zone(folder, microjoules, turn=999):
+    folder.mkdir(exist_ok=True)
+    for name, text in dict(name='package-0', max_energy_range_uj=turn, energy_uj=microjoules).items(): (folder/name).write_text(str(text))
+
+
+def test_a_counter_that_turns_and_one_that_vanishes(tmp_path):
+    zone(tmp_path/'intel-rapl:0', 900)
+    energy = throughput.Energy(tmp_path)
+    zone(tmp_path/'intel-rapl:0', 100)
+    energy.tick()
+    assert energy.joules == pytest.approx(200e-6)
+    (tmp_path/'intel-rapl:0'/'energy_uj').unlink()
+    energy.tick()
+    assert energy.joules == pytest.approx(200e-6)
+
+
+def test_the_energy_of_every_call_is_added(tmp_path, monkeypatch):
+    "Read while runs are under way, kept in the report's folder, and told by the report."
+    machine, out = tmp_path/'machine', tmp_path/'out'
+    for folder in (machine, out): folder.mkdir()
+    zone(machine/'intel-rapl:0', 0, 10**12)
+    class Busy(throughput.Energy):
+        "Uses a joule every time somebody looks."
+        def tick(self):
+            zone(machine/'intel-rapl:0', int((machine/'intel-rapl:0'/'energy_uj').read_text()) + 10**6, 10**12)
+            super().tick()
+    monkeypatch.setattr(batch, 'Energy', lambda: Busy(machine))
+    monkeypatch.setattr(batch, '_command', lambda *_, **__: [sys.executable, '-c', 'import time; time.sleep(.7)'])
+    runs = runs_for('smoke', ['4'])[:1]
+    plan = dict(preset='smoke', root=str(tmp_path), settled=[])
+    batch._snakemake(out, plan, runs, 1)
+    one = known_energy(out)
+    assert one['joules'] >= 2 and one['seconds'] > .5
+    batch._snakemake(out, plan, runs, 1)
+    two = known_energy(out)
+    assert two['joules'] >= one['joules'] + 2 and 'kWh' in _energy(out)
+    # whoever has no counter leaves none
+    monkeypatch.setattr(batch, 'Energy', lambda: throughput.Energy(tmp_path/'nothing'))
+    batch._snakemake(out, plan, runs, 1)
+    assert known_energy(out) == two
+
+
+def test_a_damaged_energy_file_is_a_sentence(tmp_path):
+    (tmp_path/'energy.json').write_text('[1')
+    with pytest.raises(KitError, match='the energy cannot be read'): known_energy(tmp_path)

@@ -536,8 +536,9 @@ def unpack(
 
 # %% ../../nbs/evidence/15_kept.ipynb #808d137c
 def _bring(path, out):
-    "Evidence, and what stands beside it that no evidence can tell: the user's words, runs' pages."
-    beside = [path.parent/'notes.md', *sorted((path.parent/'pages').glob('*.html'))]
+    "Evidence, and what it cannot tell: the user's words, the energy, the runs' pages."
+    beside = [path.parent/'notes.md', path.parent/'energy.json',
+              *sorted((path.parent/'pages').glob('*.html'))]
     for file in (path, *beside):
         to = out/(FILE if file == path else file.relative_to(path.parent))
         # a link could lead anywhere

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['HOW_JUDGED', 'HOW_LOOKED', 'TITLES', 'HOW_TO_READ', 'Material', 'runs_frame', 'flat_config', 'config_differences',
            'command_of', 'leads_of', 'glance_section', 'note_part', 'summary_section', 'claims_section',
-           'model_section', 'settings_section', 'compute_frame', 'compute_section', 'table_section', 'controls',
-           'evidence_section', 'race_section', 'record_section', 'examples_text', 'curve_text', 'losses_text',
-           'figures_section', 'failures_section', 'beyond_section', 'discussion_section', 'checklist_frame',
-           'checklist_section', 'made_section']
+           'model_section', 'settings_section', 'known_energy', 'compute_frame', 'compute_section', 'table_section',
+           'controls', 'evidence_section', 'race_section', 'record_section', 'examples_text', 'curve_text',
+           'losses_text', 'figures_section', 'failures_section', 'beyond_section', 'discussion_section',
+           'checklist_frame', 'checklist_section', 'made_section']
 
 # %% ../../nbs/evidence/13_sections.ipynb #f7689209
 import json
@@ -89,7 +89,7 @@ def flat_config(
 
 def _flat(config):
     "The same without what names the run or says where it ran."
-    skip = ('run', 'experiment', 'preset', 'compute', 'splits')
+    skip = ('run', 'experiment', 'preset', 'compute', 'splits', 'finishes')
     return flat_config({k: v for k, v in config.items() if k not in skip})
 
 # %% ../../nbs/evidence/13_sections.ipynb #34c6e268
@@ -426,15 +426,30 @@ def _head_gflops(r):
     if not parts: return r.get('gflops') or np.nan
     return sum(v['GFLOPs'] for k, v in parts.items() if k not in ('backbone', 'total'))
 
-def _energy(results):
-    told = [r['energy_joules'] for r in results if isinstance(r.get('energy_joules'), (int, float))]
-    if not told: return 'unknown: no run recorded a counter of its machine (RAPL, NVML)'
-    return f'{sum(told)/3.6e6:.2f} kWh, told by {len(told)} of {len(results)} runs'
+def known_energy(
+    folder,  # of a report
+)->dict:     # joules and seconds; None where no counter was read
+    "What the machine's counters said while runs were computed. KitError: a file that is no such."
+    file = Path(folder)/'energy.json'
+    if not file.exists(): return None
+    try:
+        told = json.loads(file.read_text())
+        return {name: float(told[name]) for name in ('joules', 'seconds')}
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise KitError(f'the energy cannot be read: {e}', file, 'Remove that file') from e
+
+def _energy(folder):
+    told = known_energy(folder)
+    if told is None: return 'unknown: no counter of the processors (RAPL) could be read'
+    return (f'{told["joules"]/3.6e6:.3g} kWh in {told["seconds"]/3600:.3g} hours of lts reproduce, '
+            'by the counters of the processors (RAPL): whatever else the machine did is in it, '
+            'and its GPUs are not')
 
 # %% ../../nbs/evidence/13_sections.ipynb #5f8049ed
 def compute_frame(
     runs:pd.DataFrame, # from `runs_frame`
     results:list,      # from `load_results`
+    folder,            # of the report
 )->pd.DataFrame:       # what, and how much
     "What the report cost."
     forward = []
@@ -448,7 +463,7 @@ def compute_frame(
     facts.append(('operations of training, about', f'{operations:.3g} PFLOP: three times the '
                   'forward pass of the trained part, for each sentence seen'))
     facts.append(('memory of the largest process', f'{runs.peak_memory_mb.max():.0f} MB'))
-    facts.append(('energy', _energy(results)))
+    facts.append(('energy', _energy(folder)))
     facts.append(('machine', ', '.join(sorted(set(map(str, runs.device))))))
     facts.append(('its cores, memory and threads', json.dumps(first['hardware'])))
     facts.append(('code', ', '.join(sorted({str(c) for c in runs.commit}))))
@@ -459,7 +474,7 @@ def compute_section(
     m:Material,  # of the report
 )->Section:
     "Setup and compute."
-    block = frame_block(compute_frame(m.runs, m.results), running=['how much'])
+    block = frame_block(compute_frame(m.runs, m.results, m.folder), running=['how much'])
     return Section('compute', 'Setup and compute', [dict(kind='table', block=block)])
 
 # %% ../../nbs/evidence/13_sections.ipynb #598fdba3
@@ -603,7 +618,8 @@ def examples_text(
 )->str:            # in one or two sentences
     "What a picture of examples shows."
     ious = ', '.join(f'{_iou(e):.0f}' for e in examples)
-    said = f'{len(examples)} sentences with picture, prediction and truth; IoU in percent: {ious}.'
+    sentences = '1 sentence' if len(examples) == 1 else f'{len(examples)} sentences'
+    said = f'{sentences} with picture, prediction and truth; IoU in percent: {ious}.'
     pointed = [e for e in examples if e['prior'] is not None]
     if not pointed: return said
     hits = sum(bool(e['truth'].flat[e['prior'].argmax()]) for e in pointed
@@ -788,7 +804,7 @@ def checklist_frame(
         ('Many verdicts at once are corrected for', 'yes (Holm)', claims),
         ('A blind control was run', _yes((m.runs.experiment == 'blind').any()), control),
         ('Hours, operations and memory are given', 'yes', compute),
-        ('Energy is given', _yes('unknown' not in _energy(m.results)), compute),
+        ('Energy is given', _yes(known_energy(m.folder) is not None), compute),
         ('Runs that are missing or failed', str(lacks), 'Before you read'),
         ('The command of every run is given', 'yes', made)]
     return pd.DataFrame(points, columns=['point', 'answer', 'where'])

@@ -25,7 +25,7 @@ from ..training.config import describe_config
 from ..evidence.tables import MERGED
 from ..evidence.experiments import method_hashes, module_closure, module_hashes
 from ..evidence.experiments import other_code, preset_of, run_modules, runs_for
-from .throughput import estimate, known_rates
+from .throughput import Energy, estimate, keep_energy, known_rates
 from ..training.opening import ensure_data, shared_backbone
 
 # %% ../../nbs/manual/03_batch.ipynb #08757bc3
@@ -201,7 +201,8 @@ def time_left(
     jobs = at_a_time(preset, cores)
     hours = len(seconds)*seconds.mean()/jobs/3600
     unit = 'GPU hours' if gpu else 'hours'
-    left = f'{hours:.0f} {unit}' if hours > 3 else f'{60*hours:.0f} minutes'
+    minutes = max(1, round(60*hours))
+    left = f'{hours:.0f} {unit}' if hours > 3 else f'{minutes} minute{"s" if minutes > 1 else ""}'
     return f'about {left} left, {jobs} at a time'
 
 def _rates_note(preset, out, rates, todo):
@@ -342,8 +343,8 @@ def _command(out, cores, *config, place=Place(), anew=()):
     limits = [] if place.cluster else ['--cores', str(cores), '--resources', f'gpu={gpus}']
     forced = ['--forcerun', *anew] if anew else []
     return [sys.executable, '-m', 'snakemake', '-s', str(KIT/'workflow'/'Snakefile'), '--directory',
-            str(out), '--config', f'plan={out}/plan.json', *config, *limits, *forced, '--keep-going',
-            '--rerun-incomplete', '--nolock', '--scheduler', 'greedy', '--quiet', 'rules',
+            str(out), '--config', f'plan={out}/plan.json', *config, *limits, *forced,
+            '--keep-going', '--rerun-incomplete', '--nolock', '--scheduler', 'greedy', '--quiet', 'rules',
             *place.arguments]
 
 # %% ../../nbs/manual/03_batch.ipynb #93d3fe98
@@ -361,18 +362,22 @@ def _snakemake(out, plan, runs, cores, place=Place(), until=None):
     anew = [f'runs/{run}/result.json' for run, result in results.items()
             if run not in plan['settled'] and result.exists()]
     jobs = place.jobs or at_a_time(plan['preset'], cores)
+    # a cluster's work is done by other machines
+    energy = None if place.cluster else Energy()
     with open(out/'snakemake.log', 'w') as log:
         command = _command(out, cores, tied, place=place, anew=anew)
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log,
                                    stderr=subprocess.STDOUT, start_new_session=True)
         try:
             with terminate_as_interrupt():
-                _watch(process, results, begun, out, todo, jobs, until)
+                _watch(process, results, begun, out, todo, jobs, until, energy)
         except BaseException:
             os.killpg(process.pid, signal.SIGINT)
             try: process.wait(30)
             except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL)
             raise
+        finally:
+            if energy and todo: keep_energy(out, energy)
     return process.returncode
 
 # %% ../../nbs/manual/03_batch.ipynb #9f3e8085
@@ -390,7 +395,7 @@ def seconds_left(
     return max(pace*sum(weight.values())/jobs - elapsed, 0.)
 
 # %% ../../nbs/manual/03_batch.ipynb #0141b645
-def _watch(process, results, begun, out, todo, jobs, until=None):
+def _watch(process, results, begun, out, todo, jobs, until=None, energy=None):
     """Count finished runs until Snakemake ends;
     where nobody watches, a line every half minute is enough."""
     first, shown, every = None, 0., .4 if sys.stderr.isatty() else 30
@@ -398,6 +403,7 @@ def _watch(process, results, begun, out, todo, jobs, until=None):
     with tqdm(total=len(results), desc='runs', disable=not todo, bar_format=form) as bar:
         while process.poll() is None:
             if until and time.time() > until: raise TimeIsUp
+            if energy: energy.tick()
             stage = _stage(out, begun)
             if stage and stage not in _SHARED.values(): first = first or time.time()
             if time.time() - shown > every:

@@ -185,7 +185,7 @@ def describe_looks(
                      .replace('-', '−'))
     if len(still):
         lines.append(f'If effects and spreads are what they seem now, this look decides about '
-                     f'{still.chance.sum():.0f} of these {len(still)}.')
+                     f'{still.chance.sum():.1f} of these {len(still)}.')
     elif look.number == 1:
         lines.append('How likely a look decides is known once the first one is complete.')
     if look.claims is not None: lines.append(f'So far: {tally(look.claims)}.')
