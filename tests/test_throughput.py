@@ -11,7 +11,8 @@ from lts_nb.data import refer
 from lts_nb.manual.cli import app
 from lts_nb.errors import KitError
 from lts_nb.evidence.experiments import run_config, runs_for
-from lts_nb.evidence.sections import _energy, known_energy
+from lts_nb.evidence.sections import _energy
+from lts_nb.evidence.tables import known_energy
 from lts_nb.training.features import CachedFeatures
 from lts_nb.data.refer import Refer, check_dataset
 

@@ -485,9 +485,8 @@ def other_code(
     """The modules that differ between the code that made a run and the code that is here.
     A module of another version does not count where a user said why its change cannot matter."""
     code = result.get('code', {})
-    known = {pair for accepted in code.get('accepted', []) for pair in accepted['modules'].items()}
-    known |= code.get('modules', {}).items()
-    return [module for module, h in hashes.items() if (module, h) not in known]
+    made_by = [code.get('modules', {}), *(a['modules'] for a in code.get('accepted', []))]
+    return [m for m, h in hashes.items() if h not in [of.get(m) for of in made_by]]
 
 # %% ../../nbs/evidence/02_experiments.ipynb #211a3b39
 def begun_with(
@@ -495,8 +494,9 @@ def begun_with(
 )->dict:     # with `code`, as a result has it; empty where nothing is known
     "What a run's folder says of the code that began its checkpoint."
     for name in ('code.json', 'result.json'):
-        try: return dict(code=json.loads((Path(folder)/name).read_text())['code'])
-        except (OSError, ValueError, KeyError, TypeError): pass
+        try: code = json.loads((Path(folder)/name).read_text())['code']
+        except (OSError, ValueError, KeyError, TypeError): continue
+        if isinstance(code, dict) and isinstance(code.get('modules'), dict): return dict(code=code)
     return {}
 
 def set_aside_other_code(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['HOW_JUDGED', 'HOW_LOOKED', 'TITLES', 'HOW_TO_READ', 'Material', 'runs_frame', 'flat_config', 'config_differences',
            'command_of', 'leads_of', 'glance_section', 'note_part', 'summary_section', 'claims_section',
-           'model_section', 'settings_section', 'known_energy', 'compute_frame', 'compute_section', 'table_section',
-           'controls', 'evidence_section', 'race_section', 'record_section', 'examples_text', 'curve_text',
-           'losses_text', 'figures_section', 'failures_section', 'beyond_section', 'discussion_section',
-           'checklist_frame', 'checklist_section', 'made_section']
+           'model_section', 'settings_section', 'compute_frame', 'compute_section', 'table_section', 'controls',
+           'evidence_section', 'race_section', 'record_section', 'examples_text', 'curve_text', 'losses_text',
+           'figures_section', 'failures_section', 'beyond_section', 'discussion_section', 'checklist_frame',
+           'checklist_section', 'made_section']
 
 # %% ../../nbs/evidence/13_sections.ipynb #f7689209
 import json
@@ -30,8 +30,8 @@ from .forest import (NAMES, forest_plot, forest_text, method_intervals, methods_
 from .form import NOTES, Section, frame_block, plain
 from .looks import LOOKS
 from .paper import record
-from .tables import (best_rates, costs_frame, finishes_of, notes_of, rates_grid,
-                                    seg_grid_share, settings_frame, table_blocks,
+from .tables import (best_rates, costs_frame, finishes_of, known_energy, notes_of,
+                                    rates_grid, seg_grid_share, settings_frame, table_blocks,
                                     thresholds_frame)
 
 # %% ../../nbs/evidence/13_sections.ipynb #6ffd6bd3
@@ -425,18 +425,6 @@ def _head_gflops(r):
     parts = r.get('parts')
     if not parts: return r.get('gflops') or np.nan
     return sum(v['GFLOPs'] for k, v in parts.items() if k not in ('backbone', 'total'))
-
-def known_energy(
-    folder,  # of a report
-)->dict:     # joules and seconds; None where no counter was read
-    "What the machine's counters said while runs were computed. KitError: a file that is no such."
-    file = Path(folder)/'energy.json'
-    if not file.exists(): return None
-    try:
-        told = json.loads(file.read_text())
-        return {name: float(told[name]) for name in ('joules', 'seconds')}
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise KitError(f'the energy cannot be read: {e}', file, 'Remove that file') from e
 
 def _energy(folder):
     told = known_energy(folder)

@@ -7,7 +7,7 @@ __all__ = ['SCHEMA', 'MERGED', 'metric_names', 'seg_pairs', 'load_arrays', 'load
            'write_csv', 'Totals', 'image_totals', 'metrics_of', 'bootstrap_interval', 'drawn_times', 'middle_of',
            'intervals_frame', 'load_samples', 'paper_table', 'Block', 'table_blocks', 'notes_of', 'table_markdown',
            'tex_escape', 'styled', 'table_latex', 'write_table', 'seg_grid_share', 'thresholds_frame', 'costs_frame',
-           'settings_frame', 'rates_grid', 'best_rates', 'compare_reports']
+           'known_energy', 'settings_frame', 'rates_grid', 'best_rates', 'compare_reports']
 
 # %% ../../nbs/evidence/03_tables.ipynb #2438792d
 import html, json
@@ -600,6 +600,19 @@ def costs_frame(
     frame = pd.DataFrame(rows)
     if frame.empty: return frame
     return frame.groupby(['experiment', 'dataset'], sort=False).mean().reset_index()
+
+# %% ../../nbs/evidence/03_tables.ipynb #b20f1437
+def known_energy(
+    folder,  # of a report
+)->dict:     # joules and seconds; None where no counter was read
+    "What the machine's counters said while runs were computed. KitError: a file that is no such."
+    file = Path(folder)/'energy.json'
+    if not file.exists(): return None
+    try:
+        told = json.loads(file.read_text())
+        return {name: float(told[name]) for name in ('joules', 'seconds')}
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise KitError(f'the energy cannot be read: {e}', file, 'Remove that file') from e
 
 # %% ../../nbs/evidence/03_tables.ipynb #97b53e08
 def _place(name):

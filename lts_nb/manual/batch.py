@@ -532,9 +532,9 @@ def settled_runs(
             continue
         # a merged run comes without its backbone; that of another may have been made anew
         weights = shared_backbone(r, out, root)
-        made_with = _result(out, r.run)['backbone']['md5']
-        same = merged or not weights.exists() or checksum(weights) == made_with
-        if same: settled.append(r.run)
+        made_with = (_result(out, r.run).get('backbone') or {}).get('md5')
+        if merged or not weights.exists() or checksum(weights) == made_with:
+            settled.append(r.run)
     return settled
 
 # %% ../../nbs/manual/03_batch.ipynb #7760920c

@@ -13,7 +13,7 @@ import torch
 from ..model.darknet import Darknet53, split_backbone
 from ..errors import KitError, check_schema, write_text
 from ..evidence.experiments import EXPERIMENTS, preset_of, run_config
-from ..evidence.sections import known_energy
+from ..evidence.tables import known_energy
 from ..training.features import LiveFeatures, build_features, cache_bytes
 from ..model.method import count_flops
 from ..data.refer import PUBLISHED_COUNTS, Refer
