@@ -221,9 +221,12 @@ def package_counters(
         except (OSError, ValueError): continue
     return found
 
+# %% ../../nbs/manual/02_throughput.ipynb #5763e60f
 class Energy:
     "What the processors' packages of this machine use from now on."
-    def __init__(self, root=COUNTERS):
+    def __init__(self,
+        root=COUNTERS, # where the system shows the counters
+    ):
         self.zones, self.joules, self.began = package_counters(root), 0., time.time()
         self.last = self.read()
     def read(self):

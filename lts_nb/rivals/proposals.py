@@ -216,9 +216,8 @@ class Towers(nn.Module):
     def forward(self,
         level,    # (P,w,h,w') of P3, P4 or P5
         k:int,    # its number, from 0
-    )->tuple:     # logits, distances, centre-ness, controls
-        """The answers at the n = h·w' locations of a level: logits (P,n,C), distances (P,n,4) in
-        strides, centre-ness (P,n), controls (P,n,·)."""
+    )->tuple:     # logits (P,n,C), distances (P,n,4), centre-ness (P,n), controls (P,n,·)
+        "The answers at the n = h·w' locations of a level; the distances are in strides."
         b = self.boxes(level)
         c = b if self.shared else self.classes(level)
         # a location a row
