@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save
 
 from lts_nb.data import fetch, refer, text
-from lts_nb.evidence import figures, sections, tables
+from lts_nb.evidence import experiments, figures, sections, tables
 from lts_nb.rivals import detections, proposals
 from lts_nb.training import candidates, fit, metrics, pretrain
 from lts_nb.manual import predict
@@ -292,6 +292,20 @@ def test_the_result(home, changes, tree, accidents):
         results = tables.load_results(home/'out')
         tables.results_frame(results); sections.runs_frame(results); sections.config_differences(results)
     ends_well(read)
+
+
+@fuzz
+@given(changes, st.booleans(), mutations)
+def test_what_stands_beside_the_runs(home, changes, tree, accidents):
+    "The energy that a suite used, and the note of whose code began a checkpoint."
+    used, note = dict(joules=7.2e6, seconds=1800.), dict(code=dict(modules={'training.fit': 'abc'}))
+    for name, sound in (('energy.json', used), ('code.json', note)):
+        content = json.dumps(changed(sound, changes)).encode() if tree else apply(json.dumps(sound).encode(), accidents)
+        (home/name).write_bytes(content)
+    ends_well(lambda: sections._energy(home))
+    # a note that cannot be read says nothing, so that the checkpoint counts as other code's
+    differs = experiments.other_code(experiments.begun_with(home), {'training.fit': 'abc'})
+    assert differs in ([], ['training.fit'])
 
 
 def archive():

@@ -141,3 +141,5 @@ def test_the_energy_of_every_call_is_added(tmp_path, monkeypatch):
 def test_a_damaged_energy_file_is_a_sentence(tmp_path):
     (tmp_path/'energy.json').write_text('[1')
     with pytest.raises(KitError, match='the energy cannot be read'): known_energy(tmp_path)
+    (tmp_path/'energy.json').write_text('{"joules": Infinity, "seconds": 1}')
+    with pytest.raises(KitError, match='the energy is not as lts reproduce writes it'): known_energy(tmp_path)

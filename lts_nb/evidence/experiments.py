@@ -495,7 +495,7 @@ def begun_with(
     "What a run's folder says of the code that began its checkpoint."
     for name in ('code.json', 'result.json'):
         try: code = json.loads((Path(folder)/name).read_text())['code']
-        except (OSError, ValueError, KeyError, TypeError): continue
+        except (OSError, ValueError, KeyError, TypeError, RecursionError): continue
         if isinstance(code, dict) and isinstance(code.get('modules'), dict): return dict(code=code)
     return {}
 

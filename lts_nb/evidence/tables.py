@@ -602,17 +602,21 @@ def costs_frame(
     return frame.groupby(['experiment', 'dataset'], sort=False).mean().reset_index()
 
 # %% ../../nbs/evidence/03_tables.ipynb #b20f1437
+_used = {'type': 'object', 'required': ['joules', 'seconds'], 'additionalProperties': {
+    'type': 'number', 'minimum': 0, 'maximum': 1e15}}
+
 def known_energy(
     folder,  # of a report
 )->dict:     # joules and seconds; None where no counter was read
     "What the machine's counters said while runs were computed. KitError: a file that is no such."
     file = Path(folder)/'energy.json'
     if not file.exists(): return None
-    try:
-        told = json.loads(file.read_text())
-        return {name: float(told[name]) for name in ('joules', 'seconds')}
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise KitError(f'the energy cannot be read: {e}', file, 'Remove that file') from e
+    try: told = json.loads(file.read_text(), parse_constant=lambda nan: None)
+    except (OSError, ValueError, RecursionError) as e:
+        raise KitError(f'the energy cannot be read: {str(e)[:200]}', file, 'Remove that file') from e
+    check_schema(told, _used, 'the energy is not as lts reproduce writes it', file,
+                 'Remove that file')
+    return told
 
 # %% ../../nbs/evidence/03_tables.ipynb #97b53e08
 def _place(name):
