@@ -58,7 +58,9 @@ def _circumstances(r):
         run=r['run'], experiment=r['experiment'], dataset=r['dataset'], seed=r['seed'],
         size=c['data']['size'], sentences=sum(x['samples'] for x in r['history']),
         parameters=r['parameters'], gflops=r.get('gflops'),
-        seconds=r['seconds']['total'], train_seconds=r['seconds']['train'],
+        # a run that was interrupted knows its last piece alone, and all of its training
+        seconds=max(r['seconds']['total'], r['seconds']['train']),
+        train_seconds=r['seconds']['train'],
         peak_memory_mb=r['peak_memory_mb'], fingerprint=r['fingerprint'],
         commit=r['code']['commit'], torch=r['versions']['torch'], device=h['gpu'] or h['cpu'])
 

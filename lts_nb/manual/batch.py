@@ -129,12 +129,14 @@ def known_of_runs(
     known, facts = {}, committed(preset)/'runs.csv'
     if facts.exists():
         told = pd.read_csv(facts)
-        known = dict(zip(zip(told.experiment, told.dataset), told[column]))
+        known = told.groupby(['experiment', 'dataset'])[column].median().to_dict()
     for f in sorted((Path(out)/'runs').glob('*/result.json')):
         if r := _result(out, f.parent.name): known[r['experiment'], r['dataset']] = of_result(r)
     return known
 
-def _total_seconds(result): return result['seconds']['total']
+def _total_seconds(result):
+    # a run that was interrupted knows its last piece alone, and all of its training
+    return max(result['seconds']['total'], result['seconds']['train'])
 
 def known_seconds(
     preset:str, out, # whose committed report; the report's folder
