@@ -267,7 +267,8 @@ def test_the_command_shows_the_table(lts, capsys, monkeypatch, tmp_path):
     with pytest.raises(SystemExit): cli.main()
     said = capsys.readouterr().out
     assert [line.split()[0] for line in said.splitlines() if line.endswith('%')] == ['1', '2', '3']
-    assert 'The critical path is lts-star-refshapes-cpu-s0' in said
+    # which of the three long runs is the longest, the committed report decides
+    assert 'The critical path is lts-star-refshapes' in said
 
 
 KUBECTL = '''#!{python}

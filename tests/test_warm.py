@@ -33,7 +33,9 @@ def program(tmp_path):
     def called(source, **changes):
         (tmp_path/'program.py').write_text(source)
         env = os.environ | dict(PYTHONPATH=str(ROOT)) | changes
-        return subprocess.Popen([*CALL, 'program', 'one', 'two words'], cwd=tmp_path, env=env, text=True,
+        # whoever starts the tests in the background of a shell has told them to ignore Ctrl-C
+        listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+        return subprocess.Popen([*CALL, 'program', 'one', 'two words'], cwd=tmp_path, env=env, text=True, preexec_fn=listen,
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return called
 

@@ -46,10 +46,12 @@ def train_and_score(config, options, root, out, timeout):
     "What one process does; only the first does more than train."
     from lts_nb.evidence.experiments import run_hashes, set_aside_other_code
     from lts_nb.training.distributed import train_member
-    first = os.environ.get('RANK') == '0'
+    # without a launcher there is no rank, and `train_member` says so
+    rank = os.environ.get('RANK')
+    first = rank == '0'
     folder, hashes = out/'runs'/config.run, run_hashes(config)
     if first: set_aside_other_code(folder, hashes)
-    else: wait_for(folder, hashes, timeout)
+    elif rank: wait_for(folder, hashes, timeout)
     train_member(config, root, out, timeout)
     if not first: return
     leave_the_group()
