@@ -6,6 +6,7 @@ import subprocess
 import time
 
 import pytest
+from shells import listen
 from test_batch import RUNS, at_work, command, finished, gone_within, run
 
 KILLS = int(os.environ.get('KILLS', 30))
@@ -14,7 +15,6 @@ rng = random.Random(2021)
 
 
 def start(out, root):
-    listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(command(out, root), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=listen)
 
 

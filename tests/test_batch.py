@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from shells import listen
+
 from lts_nb.evidence.experiments import runs_for
 from lts_nb.manual import batch
 
@@ -142,7 +144,6 @@ def test_failed_run_is_named_and_stops_nobody(made):
 def test_killed_and_run_again_gives_the_same_bytes(made, how, after, cores):
     "Whatever had been done, and however many runs go on at once."
     out = made.base/f'killed-{how}'
-    listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, such as these tests, may ignore Ctrl-C
     process = subprocess.Popen(command(out, made.root), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=listen)
     time.sleep(after)
     assert process.poll() is None, 'it was still at work'

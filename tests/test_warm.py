@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 from parts import ROOT
+from shells import listen
 
 from lts_nb.manual.warm import ADDRESS, Warm
 
@@ -33,8 +34,6 @@ def program(tmp_path):
     def called(source, **changes):
         (tmp_path/'program.py').write_text(source)
         env = os.environ | dict(PYTHONPATH=str(ROOT)) | changes
-        # whoever starts the tests in the background of a shell has told them to ignore Ctrl-C
-        listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen([*CALL, 'program', 'one', 'two words'], cwd=tmp_path, env=env, text=True, preexec_fn=listen,
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return called

@@ -486,7 +486,8 @@ def other_code(
     A module of another version does not count where a user said why its change cannot matter."""
     code = result.get('code', {})
     made_by = [code.get('modules', {}), *(a['modules'] for a in code.get('accepted', []))]
-    return [m for m, h in hashes.items() if h not in [of.get(m) for of in made_by]]
+    def differs(module): return all(of.get(module) != hashes[module] for of in made_by)
+    return [module for module in hashes if differs(module)]
 
 # %% ../../nbs/evidence/02_experiments.ipynb #211a3b39
 def begun_with(

@@ -31,8 +31,8 @@ from .form import NOTES, Section, frame_block, plain
 from .looks import LOOKS
 from .paper import record
 from .tables import (best_rates, costs_frame, finishes_of, known_energy, notes_of,
-                                    rates_grid, seg_grid_share, settings_frame, table_blocks,
-                                    thresholds_frame)
+                                    rates_grid, run_took, seg_grid_share, settings_frame,
+                                    table_blocks, thresholds_frame)
 
 # %% ../../nbs/evidence/13_sections.ipynb #6ffd6bd3
 class Material(NamedTuple):
@@ -58,9 +58,7 @@ def _circumstances(r):
         run=r['run'], experiment=r['experiment'], dataset=r['dataset'], seed=r['seed'],
         size=c['data']['size'], sentences=sum(x['samples'] for x in r['history']),
         parameters=r['parameters'], gflops=r.get('gflops'),
-        # a run that was interrupted knows its last piece alone, and all of its training
-        seconds=max(r['seconds']['total'], r['seconds']['train']),
-        train_seconds=r['seconds']['train'],
+        seconds=run_took(r), train_seconds=r['seconds']['train'],
         peak_memory_mb=r['peak_memory_mb'], fingerprint=r['fingerprint'],
         commit=r['code']['commit'], torch=r['versions']['torch'], device=h['gpu'] or h['cpu'])
 

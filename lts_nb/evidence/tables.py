@@ -7,7 +7,7 @@ __all__ = ['SCHEMA', 'MERGED', 'metric_names', 'seg_pairs', 'load_arrays', 'load
            'write_csv', 'Totals', 'image_totals', 'metrics_of', 'bootstrap_interval', 'drawn_times', 'middle_of',
            'intervals_frame', 'load_samples', 'paper_table', 'Block', 'table_blocks', 'notes_of', 'table_markdown',
            'tex_escape', 'styled', 'table_latex', 'write_table', 'seg_grid_share', 'thresholds_frame', 'costs_frame',
-           'known_energy', 'settings_frame', 'rates_grid', 'best_rates', 'compare_reports']
+           'run_took', 'known_energy', 'settings_frame', 'rates_grid', 'best_rates', 'compare_reports']
 
 # %% ../../nbs/evidence/03_tables.ipynb #2438792d
 import html, json
@@ -601,6 +601,14 @@ def costs_frame(
     if frame.empty: return frame
     return frame.groupby(['experiment', 'dataset'], sort=False).mean().reset_index()
 
+# %% ../../nbs/evidence/03_tables.ipynb #23e18047
+def run_took(
+    result:dict,  # from `load_results`
+)->float:         # seconds
+    "How long a run took; one that was interrupted knows its last piece and all its training."
+    took = result['seconds']
+    return max(took['total'], took.get('train', 0.))
+
 # %% ../../nbs/evidence/03_tables.ipynb #b20f1437
 _used = {'type': 'object', 'required': ['joules', 'seconds'], 'additionalProperties': {
     'type': 'number', 'minimum': 0, 'maximum': 1e15}}
@@ -613,7 +621,8 @@ def known_energy(
     if not file.exists(): return None
     try: told = json.loads(file.read_text(), parse_constant=lambda nan: None)
     except (OSError, ValueError, RecursionError) as e:
-        raise KitError(f'the energy cannot be read: {str(e)[:200]}', file, 'Remove that file') from e
+        why = str(e)[:200]
+        raise KitError(f'the energy cannot be read: {why}', file, 'Remove that file') from e
     check_schema(told, _used, 'the energy is not as lts reproduce writes it', file,
                  'Remove that file')
     return told

@@ -22,7 +22,7 @@ from ..errors import KitError, disk_error, unknown_name, write_text
 from ..training.fit import config_hash, terminate_as_interrupt
 from ..evidence.experiments import EXTRA, Cells, as_cells, run_config
 from ..training.config import describe_config
-from ..evidence.tables import MERGED
+from ..evidence.tables import MERGED, run_took
 from ..evidence.experiments import method_hashes, module_closure, module_hashes
 from ..evidence.experiments import other_code, preset_of, run_modules, runs_for
 from .throughput import Energy, estimate, keep_energy, known_rates
@@ -134,15 +134,11 @@ def known_of_runs(
         if r := _result(out, f.parent.name): known[r['experiment'], r['dataset']] = of_result(r)
     return known
 
-def _total_seconds(result):
-    # a run that was interrupted knows its last piece alone, and all of its training
-    return max(result['seconds']['total'], result['seconds']['train'])
-
 def known_seconds(
     preset:str, out, # whose committed report; the report's folder
 )->dict:  # {(experiment, dataset): seconds}
     "How long runs of this preset took, here or in the committed report."
-    return known_of_runs(preset, out, 'seconds', _total_seconds)
+    return known_of_runs(preset, out, 'seconds', run_took)
 
 # %% ../../nbs/manual/03_batch.ipynb #b1073de2
 def run_seconds(
@@ -346,8 +342,8 @@ def _command(out, cores, *config, place=Place(), anew=()):
     forced = ['--forcerun', *anew] if anew else []
     return [sys.executable, '-m', 'snakemake', '-s', str(KIT/'workflow'/'Snakefile'), '--directory',
             str(out), '--config', f'plan={out}/plan.json', *config, *limits, *forced,
-            '--keep-going', '--rerun-incomplete', '--nolock', '--scheduler', 'greedy', '--quiet', 'rules',
-            *place.arguments]
+            '--keep-going', '--rerun-incomplete', '--nolock', '--scheduler', 'greedy',
+            '--quiet', 'rules', *place.arguments]
 
 # %% ../../nbs/manual/03_batch.ipynb #93d3fe98
 class TimeIsUp(Exception):
@@ -357,12 +353,10 @@ def _snakemake(out, plan, runs, cores, place=Place(), until=None):
     "Run Snakemake with a progress bar; returns when it has ended. Ctrl-C ends it and its jobs."
     begun, known = time.time(), run_seconds(runs, out, plan['root'])
     results = {r.run: out/'runs'/r.run/'result.json' for r in runs}
-    hashes = method_hashes(runs)
-    todo = {r.run: known[r.run] for r in runs if run_state(r, out, hashes[r.method])[0] != 'done'}
+    todo = {r.run: known[r.run] for r in runs if r.run not in plan['settled']}
     tied = 'tied=cluster' if place.cluster else 'tied=1'
     # a result that is there and does not fit is made anew, whatever the times of files say
-    anew = [f'runs/{run}/result.json' for run, result in results.items()
-            if run not in plan['settled'] and result.exists()]
+    anew = [f'runs/{run}/result.json' for run in todo if results[run].exists()]
     jobs = place.jobs or at_a_time(plan['preset'], cores)
     # a cluster's work is done by other machines
     energy = None if place.cluster else Energy()
@@ -409,7 +403,7 @@ def _watch(process, results, begun, out, todo, jobs, until=None, energy=None):
             stage = _stage(out, begun)
             if stage and stage not in _SHARED.values(): first = first or time.time()
             if time.time() - shown > every:
-                took = {r: _result(out, r)['seconds']['total'] for r in todo if results[r].exists()
+                took = {r: run_took(_result(out, r)) for r in todo if results[r].exists()
                         and results[r].stat().st_mtime >= begun}
                 left = seconds_left(todo, took, time.time() - first if first else 0., jobs)
                 shown = time.time()
