@@ -418,7 +418,9 @@ _whole, _halves = ('image_id', 'intersection', 'union', 'hit'), ('_i', '_u')
 def _array_of(evidence, column, place):
     "A column's part as an array. ValueError where that is no such array."
     first, n = evidence.places[place]
-    if column not in evidence.table.column_names: raise ValueError(f'no column {column!r}')
+    # `column_names` would list a thousand columns at each of a thousand calls
+    if evidence.table.schema.get_field_index(column) < 0:
+        raise ValueError(f'no column {column!r}')
     part = evidence.table[column].slice(first, n).combine_chunks()
     if part.null_count: raise ValueError(f'gaps in the column {column!r}')
     if pa.types.is_dictionary(part.type):
