@@ -11,10 +11,12 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from shells import listen
 
 from lts_nb.evidence.experiments import runs_for
+from lts_nb.evidence.report import write_report
 from lts_nb.manual import batch
 
 TABLE, RUNS = '4', 9
@@ -121,6 +123,60 @@ def test_changed_row_is_rerun_alone(made, monkeypatch):
     assert 'backbone' not in counts
     states = batch.plan('smoke', [TABLE], out=made.out, root=made.root).set_index('run')
     assert set(states.index[states.state == 'stale']) == {r for r in states.index if r.startswith('lts-trans')}
+
+
+def test_a_stale_run_that_was_never_begun_has_failed(made, monkeypatch, capsys):
+    "Its old result is there, so a report would show an old number as a new one."
+    out = made.base/'unreached'
+    shutil.copytree(made.out, out)
+    file = out/'runs'/VICTIM/'result.json'
+    told = json.loads(file.read_text())
+    told['config']['train']['lr'] = 9.
+    file.write_text(json.dumps(told))
+    monkeypatch.setattr(batch, '_snakemake', lambda *_: 1)
+    brought = batch.bring_up(runs_for('smoke', [TABLE]), [TABLE], 1, out, made.root, 2)
+    assert brought.failed == [VICTIM] and batch.failed_runs(out) == [VICTIM]
+    said = capsys.readouterr().out
+    assert f'FAILED {VICTIM}: it did not begin' in said and 'snakemake.log' in said
+
+
+def test_a_report_is_made_anew_where_anything_that_it_shows_has_changed(made):
+    out = made.base/'current'
+    shutil.copytree(made.out, out)
+    plan = json.loads((out/'plan.json').read_text())
+    key = batch._report_key(plan, out)
+    (out/'energy.json').write_text('{"joules": 1, "seconds": 1}')
+    assert batch._report_key(plan, out) != key and batch._report_key(plan, out, [VICTIM]) != batch._report_key(plan, out)
+    # a damaged stamp is no stamp
+    (out/'report.json').write_text('{')
+    assert batch._made_of(out/'report.json') is None
+    # and a narrower report by hand takes the stamp away
+    (out/'report.json').write_text(json.dumps(key))
+    write_report(out, 'smoke', ['5'])
+    assert not (out/'report.json').exists()
+
+
+@pytest.mark.parametrize('content', ['[]', '{}', '"x"', '{"config": 3}', '[' * 100_000])
+def test_a_result_that_is_none_is_a_run_to_do(made, content):
+    out = made.base/'damaged'
+    shutil.rmtree(out, ignore_errors=True)
+    (out/'runs').mkdir(parents=True)
+    for name in (VICTIM, 'lts-refshapes-smoke-s0'): shutil.copytree(made.out/'runs'/name, out/'runs'/name)
+    (out/'runs'/VICTIM/'result.json').write_text(content)
+    states = batch.plan('smoke', [TABLE], out=out, root=made.root).set_index('run').state
+    assert states[VICTIM] == 'missing' and states['lts-refshapes-smoke-s0'] == 'done'
+
+
+def test_what_another_process_is_writing_within_the_folder_stays(tmp_path):
+    "`lts beyond` works in a folder of its own within the report's."
+    parts = [tmp_path/'.index.html.abcdefgh.part', tmp_path/'beyond'/'.beyond.csv.abcdefgh.part', tmp_path/'over'/'.x.csv.abcdefgh.part']
+    for part in parts:
+        part.parent.mkdir(exist_ok=True)
+        part.write_text('half')
+    (tmp_path/'over'/'.lock').touch()
+    with FileLock(tmp_path/'beyond'/'.lock'):
+        batch.open_folder(tmp_path).release()
+    assert [p.exists() for p in parts] == [False, True, False]
 
 
 def test_failed_run_is_named_and_stops_nobody(made):

@@ -232,7 +232,7 @@ def test_the_report_shows_seeds_looks_and_correction(three, tmp_path):
     assert set(f.seeds.astype(float)) == {3, 5} and set(f['look'].astype(float)) == {1, 2}
     assert set(f['holds after correction']) <= {'yes', 'no'} and f.p.astype(float).between(0, 1).all()
     page = (out/'index.html').read_text()
-    assert 'holds after correction' in page and 'All looks at a claim err together in 5 %' in page and 'look 2 of 6' in page
+    assert 'holds after correction' in page and 'The chance that any of the looks gives a claim a wrong verdict is 5 %' in page and 'look 2 of 6' in page
     assert made['missing'] == [], 'rows that needed fewer seeds lack nothing'
     assert pd.read_csv(out/'effects.csv').groupby(['claim', 'step', 'split'])['look'].apply(list).map(lambda v: v == list(range(1, len(v) + 1))).all()
 
@@ -265,7 +265,7 @@ def test_a_report_of_fixed_seeds_is_as_it_was(three, tmp_path):
     (out/'looks.json').unlink()
     report.write_report(out, 'smoke', ['2'])
     f = pd.read_csv(out/'claims.csv').query("dataset == 'refshapes' and verdict != 'not tested'")
-    assert (f['look'] == 0).all() and 'All looks' not in (out/'index.html').read_text()
+    assert (f['look'] == 0).all() and 'Looks were planned' not in (out/'index.html').read_text()
     e = pd.read_csv(out/'effects.csv')
     assert (e.low == e[['image_low', 'seed_low']].min(axis=1)).all()
 
@@ -276,12 +276,13 @@ def test_a_report_of_fixed_seeds_is_as_it_was(three, tmp_path):
 def quick(monkeypatch):
     "`lts reproduce --until-decided` with runs that are made up instead of trained."
     def bring_up(runs, wanted, seeds, out, root, cores, place, end):
-        if end and time.time() > end: return batch.Brought({}, [], None, True)
+        if end is not None and time.time() > end: return batch.Brought({}, [], None, True)
         for r in runs: scored_run(out, r)
         return batch.Brought(dict(preset='smoke', wanted={'tables': ['2']}), [], None, False)
     monkeypatch.setattr(until, 'bring_up', bring_up)
     monkeypatch.setattr(until, 'make_report', lambda *of: '')
     monkeypatch.setattr(until, 'say_where', lambda *of: None)
+    return bring_up
 
 
 def test_the_command_ends_when_all_is_decided_or_the_seeds_are_used_up(quick, tmp_path, capsys):
@@ -305,6 +306,24 @@ def test_hours_that_are_used_up_leave_the_verdicts(quick, three, tmp_path, capsy
     assert 'The hours are used up at look 2 (5 seeds)' in said and 'verdicts so far stand' in said
 
 
+def test_no_hours_at_all_are_not_endless(quick, tmp_path, capsys):
+    until.reproduce_until_decided('smoke', ['2'], hours=0, out=tmp_path)
+    assert 'The hours are used up at look 1' in capsys.readouterr().out
+
+
+def test_a_run_that_failed_is_not_tried_at_every_look(quick, tmp_path, monkeypatch):
+    tried = []
+    def bring_up(runs, *rest):
+        tried.append({r.run for r in runs})
+        bad = [r.run for r in runs if r.experiment == 'fusion' and r.seed == 0]
+        made = quick([r for r in runs if r.run not in bad], *rest)
+        return made._replace(failed=bad)
+    monkeypatch.setattr(until, 'bring_up', bring_up)
+    assert until.reproduce_until_decided('smoke', ['2'], 5, out=tmp_path) == 1
+    assert len(tried) > 1
+    assert ['fusion-refshapes-smoke-s0' in runs for runs in tried] == [True, *[False]*(len(tried) - 1)]
+
+
 def test_the_time_is_up_within_a_look():
     class Process:
         def poll(self): return None
@@ -324,7 +343,8 @@ def test_the_plan_says_what_a_look_costs_and_promises(three):
 def test_options_that_contradict_each_other_are_sentences():
     from typer.testing import CliRunner
     from lts_nb.manual.cli import app
-    for words in (['plan', '--until-decided', '--seeds', '3'], ['reproduce', '--hours', '2'], ['plan', '--preset', 'smoke', '--until-decided', '--max-seeds', '2']):
+    for words in (['plan', '--until-decided', '--seeds', '3'], ['reproduce', '--hours', '2'], ['plan', '--preset', 'smoke', '--until-decided', '--max-seeds', '2'],
+                  ['reproduce', '--max-seeds', '5'], ['plan', '--max-seeds', '5'], ['plan', '--until-decided', '--gpus', '4']):
         result = CliRunner().invoke(app, words)
         assert isinstance(result.exception, KitError), (words, result.output)
 

@@ -230,7 +230,7 @@ def test_what_a_run_needs_is_learnt_from_runs(tmp_path):
     star = next(r for r in runs if r.experiment == 'lts-star')
     folder = tmp_path/'runs'/star.run
     folder.mkdir(parents=True)
-    (folder/'result.json').write_text(json.dumps(dict(experiment=star.experiment, dataset=star.dataset, peak_memory_mb=2000., seconds={'total': 600.})))
+    (folder/'result.json').write_text(json.dumps(dict(config=star.plain(), experiment=star.experiment, dataset=star.dataset, peak_memory_mb=2000., seconds={'total': 600.})))
     needs = machines.needs_of(runs, tmp_path, tmp_path)
     assert needs[star.run] == dict(mem_mb=3600, minutes=35, seconds=600)
     other = next(r for r in runs if r.experiment == 'lts')

@@ -48,9 +48,29 @@ def test_runs_that_took_time_here_come_first(tmp_path):
     throughput.keep_rates(tmp_path, RATES)
     run = run_config('lts', 'refcoco', 'paper')
     (tmp_path/'runs'/run.run).mkdir(parents=True)
-    (tmp_path/'runs'/run.run/'result.json').write_text(json.dumps(dict(run.plain(), seconds=dict(total=77.))))
+    plain = run.plain()
+    (tmp_path/'runs'/run.run/'result.json').write_text(json.dumps(dict(plain, config=plain, seconds=dict(total=77.))))
     seconds = batch.run_seconds(runs_for('paper', ['4']), tmp_path, tmp_path/'none')
     assert seconds[run.run] == 77 and all(s > 77 for r, s in seconds.items() if r != run.run)
+
+
+def left(out, name, seconds, preset='paper', merged=False):
+    "The result of a run of LTS on RefCOCO, as far as a plan reads it."
+    folder = out/'runs'/name
+    folder.mkdir(parents=True)
+    told = dict(config=dict(preset=preset), experiment='lts', dataset='refcoco', seconds=dict(total=seconds))
+    (folder/'result.json').write_text(json.dumps(told))
+    if merged: (folder/'merged.json').write_text('{}')
+
+
+def test_a_row_takes_the_median_of_its_seeds_on_this_machine(tmp_path):
+    for seed, seconds in enumerate((100., 110., 900.)): left(tmp_path, f'a-s{seed}', seconds)
+    left(tmp_path, 'smoke', 3., preset='smoke')
+    left(tmp_path, 'far', 5., merged=True)
+    assert batch.known_seconds('paper', tmp_path)['lts', 'refcoco'] == 110
+    other = tmp_path/'other'
+    left(other, 'far', 5., merged=True)
+    assert batch.known_seconds('paper', other)['lts', 'refcoco'] == 5, 'another machine is better than no word'
 
 
 @pytest.mark.parametrize('content', ['{}', 'x', '[1]', '{"train": "a"}', '['*100_000, json.dumps(dict(RATES, gflops=3)), json.dumps(dict(RATES, train=0)),

@@ -1,7 +1,6 @@
 "Programs as copies of a warm process: what they get, how they end, and that a run's bytes stay the same."
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -115,7 +114,7 @@ def test_the_server_and_its_copies_do_not_outlive_who_started_it(program, tmp_pa
     starter.kill()
     starter.wait()
     assert process.wait(60) == 1 and gone(pid) and gone(int(server))
-    shutil.rmtree(os.path.dirname(address))
+    assert not os.path.exists(os.path.dirname(address)), 'its folder is gone as well'
 
 
 def test_a_caller_that_vanishes_at_once_does_no_harm(warm, program):
@@ -156,3 +155,20 @@ def test_a_run_gives_the_same_bytes(warm, tmp_path):
         assert a.files == b.files and all(np.array_equal(a[k], b[k]) for k in a.files)
     losses = [[epoch['loss'] for epoch in json.loads((folder/'result.json').read_text())['history']] for folder in (alone, copied)]
     assert losses[0] == losses[1] and len(losses[0]) > 1
+
+
+def test_a_killed_server_leaves_no_copy_behind(program):
+    "Nobody would wait for it, and its device would be given to the next run."
+    warm, before = Warm(), os.environ.get(ADDRESS)
+    warm.start(about='of a test')
+    try:
+        process = program(SLEEPS)
+        pids = list(map(int, process.stdout.readline().split()))
+        warm.process.kill()
+        assert process.wait(20) == 1 and all(gone(pid) for pid in pids)
+        assert 'Run the same command again' in process.stderr.read()
+    finally:
+        warm.process.wait()
+        warm.stop()
+        # the other tests have a server of their own
+        if before: os.environ[ADDRESS] = before

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['KIT', 'default_out', 'default_root', 'committed', 'make_plan', 'things_step', 'run_state', 'known_of_runs',
-           'known_seconds', 'run_seconds', 'at_a_time', 'plan', 'time_left', 'things_stamp', 'describe_plan',
-           'describe_run', 'missing_inputs', 'open_folder', 'Place', 'TimeIsUp', 'seconds_left', 'failure_of',
-           'release_features', 'check_inputs', 'Brought', 'settled_runs', 'bring_up', 'reproduce', 'make_report',
-           'say_where']
+           'known_seconds', 'run_seconds', 'at_a_time', 'failed_runs', 'plan', 'time_left', 'things_stamp',
+           'describe_plan', 'describe_run', 'missing_inputs', 'open_folder', 'Place', 'TimeIsUp', 'seconds_left',
+           'failure_of', 'release_features', 'check_inputs', 'Brought', 'settled_runs', 'bring_up', 'reproduce',
+           'make_report', 'say_where']
 
 # %% ../../nbs/manual/03_batch.ipynb #cf6fe094
 import hashlib, json, os, re, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, is_dataclass
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Callable, NamedTuple, Optional
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -78,6 +79,7 @@ def make_plan(
         modules=dict(methods=modules, backbone=module_closure('training.pretrain'),
                      things=module_closure('training.candidates')))
 
+# %% ../../nbs/manual/03_batch.ipynb #a3851f33
 def things_step(
     config,   # of a run
 ):            # name of the step that makes its candidates; None where it needs none
@@ -100,8 +102,11 @@ def _things_of(runs):
 
 # %% ../../nbs/manual/03_batch.ipynb #91ab4be7
 def _result(out, run):
-    try: return json.loads((Path(out)/'runs'/run/'result.json').read_text())
-    except (OSError, ValueError): return None
+    "What a run left; None where there is nothing, or nothing that a run writes."
+    try: result = json.loads((Path(out)/'runs'/run/'result.json').read_text())
+    except (OSError, ValueError, RecursionError): return None
+    whole = isinstance(result, dict) and isinstance(result.get('config'), dict)
+    return result if whole else None
 
 # %% ../../nbs/manual/03_batch.ipynb #552d43ef
 def run_state(
@@ -130,8 +135,17 @@ def known_of_runs(
     if facts.exists():
         told = pd.read_csv(facts)
         known = told.groupby(['experiment', 'dataset'])[column].median().to_dict()
-    for f in sorted((Path(out)/'runs').glob('*/result.json')):
-        if r := _result(out, f.parent.name): known[r['experiment'], r['dataset']] = of_result(r)
+    here, elsewhere = {}, {}
+    for f in (Path(out)/'runs').glob('*/result.json'):
+        r = _result(out, f.parent.name)
+        if not r or r['config'].get('preset') != preset: continue
+        # this machine knows best how long this machine takes
+        into = elsewhere if (f.parent/MERGED).exists() else here
+        try: row, number = (r['experiment'], r['dataset']), of_result(r)
+        except (KeyError, TypeError): continue
+        into.setdefault(row, []).append(number)
+    for numbers in (elsewhere, here):
+        known |= {row: median(several) for row, several in numbers.items()}
     return known
 
 def known_seconds(
@@ -163,9 +177,13 @@ def at_a_time(
     return 1 if c['device'] != 'cpu' else max((cores or os.cpu_count() or 1)//c['threads'], 1)
 
 # %% ../../nbs/manual/03_batch.ipynb #2d65be5d
-def _failed(out):
-    try: return json.loads((Path(out)/'failed.json').read_text())
-    except (OSError, ValueError): return []
+def failed_runs(
+    out,    # the report's folder
+)->list:    # names of the runs whose last attempt failed
+    "What `lts reproduce` could not bring up to date."
+    try: names = json.loads((Path(out)/'failed.json').read_text())
+    except (OSError, ValueError, RecursionError): return []
+    return [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
 
 # %% ../../nbs/manual/03_batch.ipynb #a3874540
 def plan(
@@ -178,7 +196,7 @@ def plan(
 )->pd.DataFrame: # run, state, why, seconds (estimate; NaN where nothing is known)
     "Each run and its state; changes nothing."
     out, root = Path(out or default_out(preset)), Path(root or default_root(preset))
-    runs, failed = runs_for(preset, wanted, seeds, pretrain), _failed(out)
+    runs, failed = runs_for(preset, wanted, seeds, pretrain), failed_runs(out)
     seconds = run_seconds(runs, out, root)
     hashes = method_hashes(runs)
     states = [(r.run, *run_state(r, out, hashes[r.method], failed), seconds[r.run]) for r in runs]
@@ -266,6 +284,9 @@ def describe_run(
 )->str:
     """A run's configuration, a line for each setting.
     KitError with the nearest names where there is no such run."""
+    # a later seed's run is one too, whatever number of seeds was asked for
+    last = re.search(r'-s(\d{1,3})$', run)
+    seeds = max(seeds, int(last[1]) + 1) if last else seeds
     known = {r.run: r for r in runs_for(preset, wanted, seeds, pretrain)}
     for e in EXTRA:
         extra = run_config(e, 'refcoco', preset, 0, pretrain)
@@ -314,7 +335,7 @@ def open_folder(
     "Make a report's folder writable and one's own. KitError where that cannot be."
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out/'.probe').touch(); (out/'.probe').unlink()
+        (out/'.probe').touch(); (out/'.probe').unlink(missing_ok=True)
     except OSError as e: raise disk_error(e, out) from e
     lock = FileLock(out/'.lock')
     try: lock.acquire(timeout=0)
@@ -322,8 +343,17 @@ def open_folder(
         print(f'Another `lts` is at work in {out}; waiting for it.', flush=True)
         lock.acquire()
     for f in out.rglob('.*.part'):  # what a killed process was about to put in its place
-        if re.fullmatch(r'\..+\.\w{8}\.part', f.name): f.unlink(missing_ok=True)
+        if not re.fullmatch(r'\..+\.\w{8}\.part', f.name): continue
+        if not _is_written(f, out): f.unlink(missing_ok=True)
     return lock
+
+def _is_written(part, out):
+    "Does a process that holds a folder of its own within the report write this part?"
+    inner = [f for f in part.parents if out in f.parents and (f/'.lock').exists()]
+    for folder in inner:
+        try: FileLock(folder/'.lock').acquire(timeout=0).lock.release()
+        except Timeout: return True
+    return False
 
 # %% ../../nbs/manual/03_batch.ipynb #708fadc5
 class Place(NamedTuple):
@@ -398,13 +428,14 @@ def _watch(process, results, begun, out, todo, jobs, until=None, energy=None):
     form = '{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}'
     with tqdm(total=len(results), desc='runs', disable=not todo, bar_format=form) as bar:
         while process.poll() is None:
-            if until and time.time() > until: raise TimeIsUp
+            if until is not None and time.time() > until: raise TimeIsUp
             if energy: energy.tick()
             stage = _stage(out, begun)
             if stage and stage not in _SHARED.values(): first = first or time.time()
             if time.time() - shown > every:
-                took = {r: run_took(_result(out, r)) for r in todo if results[r].exists()
-                        and results[r].stat().st_mtime >= begun}
+                made = [r for r in todo if results[r].exists()
+                        and results[r].stat().st_mtime >= begun]
+                took = {r: run_took(_result(out, r)) for r in made}
                 left = seconds_left(todo, took, time.time() - first if first else 0., jobs)
                 shown = time.time()
                 said = '' if left is None else f'about {left/60:.0f} min left'
@@ -441,7 +472,7 @@ def _last_error(notebook, log):
         errors = [o for c in cells for o in c.get('outputs', []) if o.get('output_type') == 'error']
         if errors: return f"{errors[-1]['ename']}: {errors[-1]['evalue']}".split('\n')[0]
     except (OSError, ValueError, KeyError): pass
-    try: return log.read_text().strip().split('\n')[-1]
+    try: return log.read_text(errors='replace').strip().split('\n')[-1]
     except (OSError, IndexError): return ''
 
 # %% ../../nbs/manual/03_batch.ipynb #d2866c37
@@ -451,14 +482,16 @@ def _things_log(out, plan, run):
         log = things_stamp(out, step).with_suffix('.ipynb')
         if run in told['runs'] and not things_stamp(out, step).exists() and log.exists(): return log
 
-def _say_failures(out, failed, shared, plan):
-    "Name every run that failed and where to look."
+def _say_failures(out, failed, shared, plan, begun=0.):
+    "Name every run that failed since `begun` and where to look."
+    def told(file): return file.exists() and file.stat().st_mtime >= begun
     for run in failed:
         see = out/'runs'/run/'train.ipynb'
-        if not see.exists() and (log := _things_log(out, plan, run)): see = log
-        # a run that a cluster refused has none
-        if not see.exists(): see = out/'snakemake.log'
-        print(f'FAILED {run}: {failure_of(out, run)}\n       see {see}', flush=True)
+        if not told(see) and (log := _things_log(out, plan, run)): see = log
+        # a run that a cluster refused has none, and one that never began has an old one
+        if not told(see): see = out/'snakemake.log'
+        why = failure_of(out, run) if told(out/'runs'/run/'train.ipynb') else 'it did not begin'
+        print(f'FAILED {run}: {why}\n       see {see}', flush=True)
     if shared: print(f'FAILED before any run: see {shared}', flush=True)
 
 # %% ../../nbs/manual/03_batch.ipynb #45f5cb39
@@ -510,12 +543,21 @@ class Brought(NamedTuple):
     late: bool          # the time was up before all runs were done
 
 # %% ../../nbs/manual/03_batch.ipynb #383a2c2c
+def _put_aside(folder, out):
+    "Keep what came from another report and no longer fits where no report reads it."
+    to = out/'set-aside'/f'{folder.name}-{time.strftime("%Y%m%d-%H%M%S")}'
+    try:
+        to.parent.mkdir(exist_ok=True)
+        folder.rename(to)
+    except OSError as e: raise disk_error(e, to) from e
+    print(f'{folder.name} came from another report and no longer fits: it is kept as {to}')
+
 def settled_runs(
     runs:list,   # configurations
     out:Path,    # the report's folder, its lock held
     root:Path,   # the data's folder
 )->list:         # names of runs that Snakemake need not look at
-    "The runs that are done; one that came from another report and is stale is removed."
+    "The runs that are done; one that came from another report and is stale is put aside."
     hashes, settled = method_hashes(runs), []
     @cache
     def checksum(weights):
@@ -524,7 +566,7 @@ def settled_runs(
         folder = out/'runs'/r.run
         merged = (folder/MERGED).exists()
         if run_state(r, out, hashes[r.method])[0] != 'done':
-            if merged: shutil.rmtree(folder)
+            if merged: _put_aside(folder, out)
             continue
         # a merged run comes without its backbone; that of another may have been made anew
         weights = shared_backbone(r, out, root)
@@ -534,6 +576,11 @@ def settled_runs(
     return settled
 
 # %% ../../nbs/manual/03_batch.ipynb #7760920c
+def _written(out, runs):
+    "{run: when its result was written}, of the runs that have one."
+    files = {r.run: out/'runs'/r.run/'result.json' for r in runs}
+    return {run: f.stat().st_mtime_ns for run, f in files.items() if f.exists()}
+
 def bring_up(
     runs:list,           # configurations
     wanted,              # Cells, table numbers, or None: what they are for
@@ -546,15 +593,21 @@ def bring_up(
 )->Brought:
     "Bring runs up to date, and say which failed. Ctrl-C loses nothing."
     settled = settled_runs(runs, out, root)
-    the_plan = make_plan(runs, wanted, seeds, out, root) | place.plan | dict(settled=settled)
+    # long runs go first, so that no processor waits at the end for one of them
+    longest = {run: round(s or 0) for run, s in run_seconds(runs, out, root).items()}
+    the_plan = make_plan(runs, wanted, seeds, out, root) | place.plan
+    the_plan |= dict(settled=settled, seconds=longest)
     write_text(out/'plan.json', json.dumps(the_plan, indent=1, sort_keys=True))
     cores = cores or place.cores or os.cpu_count() or 1
+    before, begun = _written(out, runs), time.time()
     try: _snakemake(out, the_plan, runs, cores, place, until)
     except TimeIsUp: return Brought(the_plan, [], None, True)
-    failed = [r.run for r in runs if not (out/'runs'/r.run/'result.json').exists()]
+    # a stale run keeps its old result until its job begins, so a file that is there proves nothing
+    after, todo = _written(out, runs), [r.run for r in runs if r.run not in settled]
+    failed = [run for run in todo if after.get(run) == before.get(run)]
     shared = _shared_failure(out, the_plan) if failed else None
     write_text(out/'failed.json', json.dumps(failed))
-    _say_failures(out, [] if shared else failed, shared, the_plan)
+    _say_failures(out, [] if shared else failed, shared, the_plan, begun)
     return Brought(the_plan, failed, shared, False)
 
 # %% ../../nbs/manual/03_batch.ipynb #4cae790a
@@ -584,14 +637,24 @@ def reproduce(
     return 1 if made.failed else 0
 
 # %% ../../nbs/manual/03_batch.ipynb #7b5739cf
-def _report_key(plan, out):
-    "What decides a report: its results, its code, its templates and notes, its plan."
+def _report_key(plan, out, failed=()):
+    "What decides a report: results, what stands beside them, code, templates, notes, plan."
     from lts_nb.evidence.form import form_digest
-    results = {r['run']: (out/'runs'/r['run']/'result.json').stat().st_mtime_ns
-               for r in plan['runs'] if (out/'runs'/r['run']/'result.json').exists()}
-    return json.loads(json.dumps(dict(results=results, modules=module_hashes('evidence.kept'),
-                                      wanted=plan['wanted'], seeds=plan['seeds'],
-                                      form=form_digest(out), looks=(out/'looks.json').exists())))
+    results = {f.parent.name: f.stat().st_mtime_ns for f in sorted(out.glob('runs/*/result.json'))}
+    beside = {}
+    for name in ('looks.json', 'energy.json', 'beyond.csv', 'beyond/beyond.csv'):
+        file = out/name
+        if file.exists(): beside[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    key = dict(results=results, beside=beside, modules=module_hashes('evidence.kept'),
+               wanted=plan['wanted'], seeds=plan['seeds'], failed=sorted(failed),
+               form=form_digest(out))
+    # as it will be read from its file
+    return json.loads(json.dumps(key))
+
+def _made_of(stamp):
+    "What the report that is there was made of; None where that is not known."
+    try: return json.loads(stamp.read_text())
+    except (OSError, ValueError, RecursionError): return None
 
 # %% ../../nbs/manual/03_batch.ipynb #3f350cc9
 def make_report(
@@ -602,9 +665,8 @@ def make_report(
     KitError where that fails."""
     from lts_nb.evidence.kept import write_evidence
     out, stamp = Path(out), Path(out)/'report.json'
-    key = _report_key(plan, out)
-    if stamp.exists() and (out/'index.html').exists() and json.loads(stamp.read_text()) == key:
-        return ''
+    key = _report_key(plan, out, failed)
+    if (out/'index.html').exists() and _made_of(stamp) == key: return ''
     command = [sys.executable, '-m', 'papermill', str(KIT/'nbs'/'runs'/'report.ipynb'),
                str(out/'report.ipynb'), '--cwd', str(KIT/'nbs'/'runs'), '-k', 'python3',
                '--no-progress-bar', '-p', 'out', str(out), '-p', 'preset', plan['preset'], '-y',

@@ -60,8 +60,8 @@ Profile = Annotated[Optional[str], typer.Option(
 
 UntilDecided = Annotated[bool, typer.Option(
     '--until-decided', help='As many seeds as each claim needs: looks after 3, 5, 8, 13, 21, 34.')]
-MaxSeeds = Annotated[int, typer.Option(
-    min=1, help='With --until-decided: the most seeds of a row.')]
+MaxSeeds = Annotated[Optional[int], typer.Option(
+    min=1, help='With --until-decided: the most seeds of a row; 34 where not given.')]
 Hours = Annotated[Optional[float], typer.Option(
     min=0, help='With --until-decided: stop after so many hours; the verdicts so far stand.')]
 
@@ -71,7 +71,7 @@ def _cells(table, method, all_cells):
     from lts_nb.evidence.experiments import Cells, as_cells
     return as_cells(Cells(tuple(table or ()), tuple(method or ()), all_cells))
 
-def _check_seeds(seeds, until_decided, hours=None):
+def _check_seeds(seeds, until_decided, hours=None, max_seeds=None):
     "KitError where options contradict each other."
     if until_decided and seeds != 1:
         raise KitError('--until-decided chooses the seeds itself', f'--seeds {seeds}',
@@ -79,18 +79,28 @@ def _check_seeds(seeds, until_decided, hours=None):
     if hours is not None and not until_decided:
         raise KitError('--hours goes with --until-decided', f'--hours {hours:g}',
                        'Add --until-decided, or leave it out')
+    if max_seeds is not None and not until_decided:
+        raise KitError('--max-seeds goes with --until-decided', f'--max-seeds {max_seeds}',
+                       'Add --until-decided, or use --seeds')
 
+def _most(max_seeds):
+    "Seeds of a row at most: as many as the last look, where a user names no number."
+    from lts_nb.evidence.looks import LOOKS
+    return max_seeds or LOOKS[-1]
+
+# %% ../../nbs/manual/09_cli.ipynb #847d4b5e
 @app.command()
 def reproduce(preset:Preset='cpu', table:Tables=None, method:Methods=None,
               all_cells:AllCells=False, seeds:Seeds=1, until_decided:UntilDecided=False,
-              max_seeds:MaxSeeds=34, hours:Hours=None, cores:Cores=None, out:Out=None,
+              max_seeds:MaxSeeds=None, hours:Hours=None, cores:Cores=None, out:Out=None,
               root:Root=None, pretrain:Pretrain=False, gpus:Devices=None,
               profile:Profile=None):
     """Make tables, figures and the report.
     Every run that the tables need is brought up to date first."""
     from lts_nb.manual.batch import reproduce
     from lts_nb.manual.until import reproduce_until_decided
-    _check_seeds(seeds, until_decided, hours)
+    _check_seeds(seeds, until_decided, hours, max_seeds)
+    max_seeds = _most(max_seeds)
     wanted, places = _cells(table, method, all_cells), []
     if gpus or profile:
         from lts_nb.manual.machines import place_of
@@ -104,13 +114,17 @@ def reproduce(preset:Preset='cpu', table:Tables=None, method:Methods=None,
 # %% ../../nbs/manual/09_cli.ipynb #af61ff2c
 @app.command()
 def plan(preset:Preset='cpu', table:Tables=None, method:Methods=None, all_cells:AllCells=False,
-         seeds:Seeds=1, until_decided:UntilDecided=False, max_seeds:MaxSeeds=34, cores:Cores=None,
+         seeds:Seeds=1, until_decided:UntilDecided=False, max_seeds:MaxSeeds=None, cores:Cores=None,
          out:Out=None, root:Root=None, pretrain:Pretrain=False, measured:Measure=False,
          show:Show=None, gpus:UpTo=None):
     """Show each run, its state and the time left, and what is missing with the command that
     gets it. Runs nothing."""
     from lts_nb.manual.batch import default_out, describe_plan, describe_run
-    _check_seeds(seeds, until_decided)
+    _check_seeds(seeds, until_decided, None, max_seeds)
+    if until_decided and gpus:
+        raise KitError('how many seeds a verdict will need is not known, so nothing can be packed',
+                       f'--gpus {gpus}', 'Leave --until-decided out, and give --seeds')
+    max_seeds = _most(max_seeds)
     wanted = _cells(table, method, all_cells)
     if show: return typer.echo(describe_run(show, preset, wanted, seeds, pretrain))
     if measured:
@@ -160,10 +174,11 @@ def report(preset:Annotated[Optional[str], typer.Option(
            table:Tables=None, method:Methods=None, all_cells:AllCells=False, out:Out=None,
            source:From=None, merge:Merge=None, despite_code:DespiteCode=None):
     "Write the report from the runs there are. What is missing is named."
-    from lts_nb.manual.batch import default_out
+    from lts_nb.manual.batch import default_out, failed_runs
     from lts_nb.evidence.experiments import runs_for
     from lts_nb.evidence.kept import write_evidence
     from lts_nb.evidence.report import write_report
+    from lts_nb.evidence.tables import load_results
     wanted, size = _cells(table, method, all_cells), preset or 'cpu'
     runs_for(size, wanted)
     _check_report(source, merge, despite_code)
@@ -173,12 +188,14 @@ def report(preset:Annotated[Optional[str], typer.Option(
     else:
         folder = out or default_out(size)
         if merge: _merge(merge, folder, size, despite_code)
-        missing = write_report(folder, size, wanted)['missing']
-        write_evidence(folder, size, wanted)
+        results, failed = load_results(folder, size), failed_runs(folder)
+        missing = write_report(folder, size, wanted, failed, results)['missing']
+        write_evidence(folder, size, wanted, failed, results)
     if missing: typer.echo(f'Not run yet: {", ".join(missing)}')
     typer.echo(f'As PDF: {folder/"report.pdf"}')
     typer.echo(f'The report: {folder/"index.html"}')
 
+# %% ../../nbs/manual/09_cli.ipynb #1b6375f8
 def _check_report(source, merge, despite_code):
     "KitError where options contradict each other."
     if source and merge:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPSET', 'TOLERANCE', 'DRAWN_AS', 'onnx_packages', 'quiet', 'reason_of', 'draw', 'GraphGRU', 'GraphEncoder',
            'GraphWalk', 'graph_form', 'answers', 'Graph', 'check_sentences', 'example', 'describe', 'graph_of',
-           'open_session', 'by_torch', 'deviation', 'write_onnx', 'resizing', 'to_picture', 'segment', 'script',
-           'latency_frame', 'export_run']
+           'open_session', 'by_torch', 'deviation', 'write_onnx', 'resizing', 'to_picture', 'segment', 'read_pixels',
+           'script', 'latency_frame', 'export_run']
 
 # %% ../../nbs/manual/05_export.ipynb #5e9e1d89
 import copy, inspect, json, logging, statistics, time, warnings
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 import pandas as pd
+import PIL.Image, PIL.ImageOps
 import torch
 from torch import nn
 from .. import __version__
@@ -388,6 +389,17 @@ def segment(
     mask, *prior = [to_picture(m[0, 0].astype(float), g) for m in maps]
     return mask > about['threshold'], prior[0] if prior else None
 
+# %% ../../nbs/manual/05_export.ipynb #f296494b
+def read_pixels(
+    path,          # any format that Pillow reads
+)->np.ndarray:     # (H, W, 3) uint8, upright
+    "A picture as `segment` needs it. OSError where it cannot be read, ValueError where 32-bit."
+    with PIL.Image.open(path) as im:
+        if im.mode in ('I', 'F'): raise ValueError('The picture has 32-bit pixels.')
+        if im.mode.startswith('I;16'):
+            im = PIL.Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
+        return np.asarray(PIL.ImageOps.exif_transpose(im).convert('RGB'))
+
 # %% ../../nbs/manual/05_export.ipynb #3c45f7b4
 _HEAD = '''"""Predict from an ONNX file of the LTS kit, with numpy, pillow and onnxruntime alone.
 
@@ -397,18 +409,19 @@ Written by `lts export`; the functions are copies of the kit's own."""
 import json, re, sys
 from dataclasses import dataclass
 import numpy as np
-import PIL.Image
+import PIL.Image, PIL.ImageOps
 
 class KitError(ValueError): "What the kit raises: what is wrong, and how to mend it."
 '''
 _TAIL = '''if __name__ == '__main__':
     if len(sys.argv) != 5: sys.exit(__doc__)
-    import onnxruntime
+    try: import onnxruntime
+    except ImportError: sys.exit('onnxruntime is missing: pip install onnxruntime')
     file, picture, expression, out = sys.argv[1:]
-    session = onnxruntime.InferenceSession(file)
-    pixels = np.asarray(PIL.Image.open(picture).convert('RGB'))
-    try: mask, _ = segment(session, pixels, expression)
-    except ValueError as e: sys.exit(str(e))
+    try: session = onnxruntime.InferenceSession(file)
+    except Exception as e: sys.exit(f'The model cannot be read: {e}')
+    try: mask, _ = segment(session, read_pixels(picture), expression)
+    except (ValueError, OSError) as e: sys.exit(str(e))
     PIL.Image.fromarray(mask.astype(np.uint8)*255).save(out, format='PNG')
 '''
 
@@ -418,7 +431,7 @@ def script(
     "A program that predicts from an exported file without torch and without this kit."
     from lts_nb.manual import export as here
     needed = [tokenize, f'GREY = {GREY}\n', Letterbox, letterbox_geometry, letterbox_image,
-              here.resizing, here.to_picture, here.segment]
+              here.resizing, here.to_picture, here.segment, here.read_pixels]
     parts = [p if isinstance(p, str) else inspect.getsource(p) for p in needed]
     return '\n'.join([_HEAD.replace('NAME', name), *parts, _TAIL])
 

@@ -324,6 +324,7 @@ def ask_cluster(
     "What a cluster's command answers. KitError with its complaint where it fails."
     try: done = subprocess.run(command, capture_output=True, text=True, timeout=90)
     except subprocess.TimeoutExpired: complaint = 'no answer within 90 seconds'
+    except OSError as e: complaint = e.strerror
     else:
         if not done.returncode: return done.stdout
         complaint = (done.stderr.strip().splitlines() or ['no reason given'])[-1]
@@ -400,7 +401,7 @@ def recall_jobs(
 ):
     "Take back the SLURM jobs of an attempt that was lost with its machine."
     def left():
-        jobs = [l.split(' ', 1) for l in ask_cluster('squeue', '-h', '-o', '%i %j').splitlines()]
+        jobs = [l.split(' ', 1) for l in ask_cluster('squeue', '--me', '-h', '-o', '%i %j').splitlines()]
         return [job for job, name in jobs if name.startswith(job_prefix(out))]
     if not (jobs := left()): return
     print(f'{len(jobs)} jobs of an earlier attempt are still on the cluster; they are taken back, '

@@ -7,7 +7,7 @@ __all__ = ['runs_behind', 'open_after', 'Look', 'judge', 'check_most', 'next_loo
            'describe_looks', 'reproduce_until_decided', 'backbone_of', 'beyond']
 
 # %% ../../nbs/manual/08_until.ipynb #fdec48b9
-import json, os, shutil, time
+import filecmp, json, os, shutil, time
 from pathlib import Path
 from typing import NamedTuple
 import pandas as pd
@@ -201,6 +201,22 @@ def _end(look, made):
     left = int((look.claims.verdict == 'inconclusive').sum()) if told else 0
     return f'{_of(left, "claim")} stayed open.' if left else ''
 
+# %% ../../nbs/manual/08_until.ipynb #53aa1a39
+def _look_by_look(preset, wanted, most, pretrain, out, root, cores, place, until):
+    "Bring look after look up to date: the last look, what came of it, and names that failed."
+    failed, before = [], None
+    while True:
+        look = next_look(preset, wanted, out, most, pretrain, failed)
+        print(describe_look(look, out, root, cores), flush=True)
+        # what has failed once is not tried again at every look
+        able = [r for r in look.runs if r.run not in failed]
+        if not able: return look, made, failed
+        made = bring_up(able, wanted, LOOKS[look.number - 1], out, root, cores, place, until)
+        failed = sorted({*failed, *made.failed})
+        names = {r.run for r in look.todo}
+        if made.shared or made.late or not names or names == before: return look, made, failed
+        before = names
+
 # %% ../../nbs/manual/08_until.ipynb #2c59822b
 def reproduce_until_decided(
     preset:str='cpu',    # smoke, cpu, gpu or paper
@@ -214,7 +230,7 @@ def reproduce_until_decided(
     place:Place=Place(), # where runs are computed
 )->int:                  # exit status: 0, or 1 where a run failed
     "Bring runs up to date look by look, each only for the claims that are open, and report."
-    begun, failed, before = time.time(), [], None
+    until = None if hours is None else time.time() + 3600*hours
     out = Path(out or default_out(preset)).resolve()
     root = Path(root or default_root(preset)).resolve()
     check_most(most)
@@ -223,15 +239,8 @@ def reproduce_until_decided(
     try:
         if place.before: place.before(out)
         write_text(out/'looks.json', json.dumps(dict(looks=LOOKS, most=most)))
-        while True:
-            look = next_look(preset, wanted, out, most, pretrain, failed)
-            print(describe_look(look, out, root, cores), flush=True)
-            made = bring_up(look.runs, wanted, LOOKS[look.number - 1], out, root, cores, place,
-                            hours and begun + 3600*hours)
-            failed = made.failed
-            names = {r.run for r in look.todo}
-            if made.shared or made.late or not names or names == before: break
-            before = names
+        look, made, failed = _look_by_look(preset, wanted, most, pretrain, out, root, cores, place,
+                                           until)
         said = '' if made.shared else make_report(out, made.plan, failed)
     finally: lock.release()
     for line in filter(None, [said, '' if made.shared else _end(look, made)]): print(line)
@@ -257,8 +266,8 @@ def backbone_of(
     return shared_backbone(config, out, root)
 
 def _lay(weights, place):
-    "A copy of a backbone below the data of a cell; one that is there stays as it is."
-    if place.exists(): return
+    "A copy of a backbone below the data of a cell; one that is the same stays as it is."
+    if place.exists() and filecmp.cmp(weights, place, shallow=False): return
     place.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(place) as part: shutil.copyfile(weights, part)
 
