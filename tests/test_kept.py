@@ -14,8 +14,8 @@ from hypothesis import given, settings, strategies as st
 
 from test_fuzz import EXAMPLES, apply, bounded, changed, changes, ends_well, fuzz, mutations  # noqa: F401
 from lts_nb.errors import KitError
-from lts_nb.evidence import kept, merge, report
-from lts_nb.evidence.experiments import Cells, run_config, run_hashes, runs_for
+from lts_nb.evidence import claims, kept, merge, pages, report
+from lts_nb.evidence.experiments import Cells, method_for, run_config, run_hashes, runs_for
 from lts_nb.evidence.figures import load_examples
 from lts_nb.evidence.tables import load_results, load_samples
 from lts_nb.manual import batch, cli, until
@@ -308,6 +308,16 @@ def test_a_run_twice_another_version_and_no_note(small, tmp_path):
     with pytest.raises(KitError, match='no evidence'): kept.read_evidence(tmp_path)
 
 
+def test_arrays_of_unlike_lengths_and_a_wide_text_are_refused(other):
+    r = load_results(other)[0]
+    arrays = load_samples(r, 'val')
+    kept.check_answers(r, 'val', arrays)
+    with pytest.raises(ValueError, match='unlike lengths'): kept.check_answers(r, 'val', arrays | dict(hit=arrays['hit'][:7]))
+    words = pa.array(['a'*1000, *['b']*90_000]).dictionary_encode()
+    with pytest.raises(ValueError, match='fill the memory'): kept._texts(words)
+    assert kept._texts(words.slice(1, 5)).tolist() == ['b']*5
+
+
 def test_what_would_unpack_without_end_is_refused(small, tmp_path):
     zeros = pa.array(np.zeros(3*10**6, np.int32))
     with pq.ParquetWriter(tmp_path/'rows.parquet', pa.schema([('dataset', pa.int32())])) as w: w.write_table(pa.table({'dataset': zeros}))
@@ -360,6 +370,19 @@ def test_merged_runs_are_done_and_are_those_of_the_source(other, tmp_path, as_fi
     times = [f.stat().st_mtime_ns for f in sorted(out.rglob('*'))]
     assert merge.merge_runs([source, other], out, 'smoke') == ([], 2*[r['run'] for r in load_results(out)])
     assert [f.stat().st_mtime_ns for f in sorted(out.rglob('*'))] == times
+
+
+def test_a_merged_run_brings_its_page(other, tmp_path):
+    "Also where the run itself had been merged before."
+    out, name = tmp_path/'out', 'lts-refshapes-smoke-s0'
+    merge.merge_runs([other], out, 'smoke')
+    page = pages._laid_out(name, 'papermill', 'ab', '<p>IoU 61.2</p>')
+    (other/'pages').mkdir(exist_ok=True)
+    (other/'pages'/f'{name}.html').write_text(page.replace('61.2', '61.2<script>x</script>'))
+    (other/'pages'/'fusion-refshapes-smoke-s0.html').write_text('no page')
+    merge.merge_runs([other], out, 'smoke')
+    assert [p.name for p in (out/'pages').iterdir()] == [f'{name}.html']
+    assert (out/'pages'/f'{name}.html').read_text() == page.replace('61.2', '61.2x')
 
 
 def test_a_run_with_other_numbers_is_a_sentence(other, tmp_path):
@@ -462,12 +485,16 @@ def test_snakemake_lets_merged_runs_be(other, tmp_path):
     assert {f: f.stat().st_mtime_ns for f in out.rglob('*.npz')} == before and not root.exists()
 
 
-def test_a_merged_run_that_has_become_stale_is_made_anew(other, tmp_path):
+def test_a_merged_run_that_has_become_stale_is_made_anew(other, tmp_path, capsys):
     merge.merge_runs([other], tmp_path/'out', 'smoke')
     edit(tmp_path/'out'/'runs'/'lts-refshapes-smoke-s0', code__modules={})
     runs = [run_config(e, 'refshapes', 'smoke') for e in ('lts', 'fusion')]
     assert batch.settled_runs(runs, tmp_path/'out', tmp_path) == ['fusion-refshapes-smoke-s0']
     assert state(tmp_path/'out') == 'missing'
+    # somebody's hours of computing are kept where no report reads them
+    kept_as, = (tmp_path/'out'/'set-aside').iterdir()
+    assert kept_as.name.startswith('lts-refshapes-smoke-s0-') and (kept_as/'result.json').exists()
+    assert str(kept_as) in capsys.readouterr().out
 
 
 # ---- the command
@@ -488,6 +515,55 @@ def test_lts_report_from_and_merge(small, tmp_path, monkeypatch, capsys):
     said = run_cli(monkeypatch, capsys, 'report', '--preset', 'smoke', '--merge', tmp_path/'a', '--out', tmp_path/'b')
     assert '2 runs added, 0 were there already.' in said
     assert {k: v for k, v in files(tmp_path/'b').items() if k != '.lock'} == first
+
+
+def test_what_the_user_wrote_about_a_report_stays(small, tmp_path):
+    theirs = tmp_path/'theirs'
+    theirs.mkdir()
+    shutil.copy(kept.evidence_file(small), theirs/'evidence.parquet')
+    (theirs/'notes.md').write_text('## Discussion\n\ntheirs')
+    kept.report_from(theirs, tmp_path/'mine')
+    assert 'theirs' in (tmp_path/'mine'/'notes.md').read_text()
+    (tmp_path/'mine'/'notes.md').write_text('## Discussion\n\nmy own words')
+    kept.report_from(theirs, tmp_path/'mine')
+    assert 'my own words' in (tmp_path/'mine'/'notes.md').read_text()
+
+
+def test_a_strangers_pages_bring_nothing_but_words(small, tmp_path):
+    theirs, name = tmp_path/'theirs', 'lts-refshapes-smoke-s0'
+    (theirs/'pages').mkdir(parents=True)
+    shutil.copy(kept.evidence_file(small), theirs/'evidence.parquet')
+    page = pages._laid_out(name, 'papermill', 'ab', '<p>IoU 61.2</p>')
+    (theirs/'pages'/f'{name}.html').write_text(page.replace('61.2', '61.2<script>alert(1)</script><a href="javascript:x()">x</a>').replace('<head>', '<head><script src="x"></script>'))
+    (theirs/'pages'/'fusion-refshapes-smoke-s0.html').write_text('<script>alert(2)</script>')
+    (theirs/'pages'/'unknown.html').write_text(page)
+    for out in (tmp_path/'mine', theirs):
+        kept.report_from(theirs, out)
+        text = (out/'pages'/f'{name}.html').read_text()
+        assert 'IoU 61.2' in text and '<script' not in text and 'javascript:' not in text
+        report = (out/'index.html').read_text()
+        assert f'pages/{name}.html' in report and 'pages/fusion-refshapes-smoke-s0.html' not in report
+        assert 'is no page of a run' in report
+    assert not (tmp_path/'mine'/'pages'/'unknown.html').exists()
+
+
+def test_runs_on_unlike_numbers_of_images_are_a_sentence():
+    def scores(experiment, dataset, split): return {0: np.ones((5 if experiment == 'lts' else 4, 11))}
+    with pytest.raises(KitError, match='lts and fusion.*unlike numbers of images.*refshapes val'): claims._pairs(scores, 'lts', 'fusion', 'refshapes', 'val')
+
+
+def test_a_run_of_an_experiment_that_nobody_knows_is_a_sentence():
+    with pytest.raises(KitError, match="experiment 'lts-cosine'|lts-cosine"): method_for('lts-cosine')
+
+
+def test_lts_report_still_knows_which_runs_failed(other, tmp_path, monkeypatch, capsys):
+    out = tmp_path/'out'
+    shutil.copytree(other, out)
+    (out/'failed.json').write_text(json.dumps(['lts-n2-refshapes-smoke-s0', 'lts-refshapes-smoke-s0']))
+    run_cli(monkeypatch, capsys, 'report', '--preset', 'smoke', '--table', '5', '--out', out)
+    page = (out/'index.html').read_text()
+    assert 'lts-n2-refshapes-smoke-s0' in page and 'failed' in page[page.index('Before you read'):page.index('At a glance</h2>')]
+    assert kept.read_evidence(out).note['report']['failed'] == ['lts-n2-refshapes-smoke-s0', 'lts-refshapes-smoke-s0']
 
 
 def test_a_report_with_runs_of_its_own_is_not_overwritten(small, other):

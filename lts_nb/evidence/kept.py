@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'SIDE', 'FILE', 'FORMAT', 'MOST_BYTES', 'MOST_NOTE', 'MOST_ROWS', 'MOST_COLUMNS', 'MOST_CELLS', 'NOTE',
-           'shrink', 'grow', 'picture_bytes', 'picture_array', 'write_evidence', 'Evidence', 'evidence_file',
-           'read_evidence', 'check_answers', 'run_arrays', 'unpack', 'report_from']
+           'shrink', 'grow', 'picture_bytes', 'picture_array', 'looks_of_report', 'write_evidence', 'Evidence',
+           'evidence_file', 'read_evidence', 'check_answers', 'run_arrays', 'unpack', 'report_from']
 
 # %% ../../nbs/evidence/15_kept.ipynb #d5ba50cb
 import base64, hashlib, io, json, lzma, re, shutil, tempfile
@@ -16,6 +16,7 @@ import pyarrow as pa, pyarrow.parquet as pq
 from ..errors import KitError, atomic_path, check_schema, disk_error, write_text
 from .experiments import Cells, as_cells, base_of, preset_of
 from .figures import figure5_columns, load_examples
+from .form import NOTES
 from .report import write_report
 from .tables import load_results, load_samples
 from ..training.scoring import pack_examples
@@ -202,9 +203,9 @@ def _pictures(result, rows, sentences, shared):
             row = rows.get(e['sent_id'])
             if row is None or sentences[row] != e['expression']: continue
             facts = {(row, 'picture'): e['image'], (row, 'object'): e['truth']}
-            facts = {place: picture_bytes(a) for place, a in facts.items()}
             # all runs show the same picture of a sentence
-            if any(shared.setdefault(place, b) != b for place, b in facts.items()): continue
+            if any(not np.array_equal(shared.setdefault(place, a), a)
+                   for place, a in facts.items()): continue
             own |= {(row, kind): k, (row, 'mask'): picture_bytes(e['prediction'])}
             own |= {(row, f'{f} mask'): picture_bytes(m[k]['prediction'])
                     for f, m in masks.items()}
@@ -222,7 +223,8 @@ def _picture_columns(results, places, dataset):
         rows = {int(s): k for k, s in enumerate(arrays['sent_id'])}
         for (row, name), b in _pictures(r, rows, arrays['sentence'], shared).items():
             out.setdefault((r['run'], name), {place: {}})[place][row] = b
-    for (row, name), b in shared.items(): out.setdefault(('', name), {place: {}})[place][row] = b
+    for (row, name), a in shared.items():
+        out.setdefault(('', name), {place: {}})[place][row] = picture_bytes(a)
     return out
 
 def _own_columns(places, facts):
@@ -273,14 +275,27 @@ def _write_table(path, columns, note):
         file.add_key_value_metadata({'lts': _packed(note)})
 
 # %% ../../nbs/evidence/15_kept.ipynb #00d69a68
+def looks_of_report(
+    DIR,    # a report's folder
+)->dict:    # what DIR/looks.json says; None where no looks were planned
+    "The looks that a report was planned with. KitError where they cannot be read."
+    file = Path(DIR)/'looks.json'
+    if not file.is_file(): return None
+    try: return json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as e:
+        raise KitError(f'the looks cannot be read: {e}', file, 'Remove that file') from e
+
+# %% ../../nbs/evidence/15_kept.ipynb #98772eee
 def write_evidence(
     DIR,           # the report's folder, with DIR/runs
     preset:str,    # smoke, cpu, gpu or paper
     cells=None,    # as `write_report` had them: Cells, table numbers, or None
     failed=(),     # and names of runs that failed
+    results=None,  # of `load_results`, as the report had them; None: the runs under DIR/runs
 )->Path:           # DIR/evidence.parquet
     "Keep what a report was made of in one file. The same runs give the same bytes."
-    DIR, results = Path(DIR), load_results(DIR, preset)
+    DIR = Path(DIR)
+    if results is None: results = load_results(DIR, preset)
     places = _collect(results)
     facts = _facts(places, _answers(results))
     pictures = _picture_columns(results, places, preset_of(preset)['datasets']['refcoco'])
@@ -290,9 +305,8 @@ def write_evidence(
         said = {k: v for k, v in r.items() if k != 'folder'}
         drawn = sorted(name for run, name in pictures if run == r['run'])
         runs.append(dict(result=said, arrays=_names(r, places), pictures=drawn))
-    looks = DIR/'looks.json'
-    report = dict(wanted=as_cells(cells)._asdict(), failed=list(failed),
-                  looks=json.loads(looks.read_text()) if looks.exists() else None)
+    looks = looks_of_report(DIR)
+    report = dict(wanted=as_cells(cells)._asdict(), failed=list(failed), looks=looks)
     note = dict(format=FORMAT, preset=preset, report=report, facts=sorted(facts), runs=runs)
     _write_table(DIR/FILE, columns, note)
     return DIR/FILE
@@ -306,7 +320,8 @@ def _names(result, places):
 MOST_BYTES, MOST_NOTE = 2**26, 2**26 # of the file, and of the note in its footer
 MOST_ROWS, MOST_COLUMNS, MOST_CELLS = 2*10**6, 2*10**4, 2**28
 _name = {'type': 'string', 'pattern': r'^[A-Za-z0-9][A-Za-z0-9+_.\-]{0,99}$'}
-_array = {'type': 'array', 'items': {'type': 'string', 'pattern': r'^[\w.\- ]{1,60}$'}}
+# numpy's writer has a parameter that is called `file`
+_array = {'type': 'array', 'items': {'type': 'string', 'pattern': r'^(?!file$)[\w.\- ]{1,60}$'}}
 _run = {'type': 'object', 'required': ['result', 'arrays', 'pictures'], 'properties': {
     # `load_results` asks for the rest
     'result': {'type': 'object', 'required': ['run', 'dataset', 'metrics'],
@@ -435,7 +450,10 @@ def _texts(part):
     "A column of texts, which stand once each; ValueError for other things and for long ones."
     if not pa.types.is_string(part.type.value_type): raise ValueError('no texts')
     texts = [t.as_py() for t in part.dictionary] or ['']
-    if max(map(len, texts)) > 1000: raise ValueError('a text of more than 1000 letters')
+    longest = max(map(len, texts))
+    if longest > 1000: raise ValueError('a text of more than 1000 letters')
+    # all texts of an array are as wide as its longest, at four bytes a letter
+    if 4*longest*len(part) > MOST_CELLS: raise ValueError('texts that would fill the memory')
     found = np.array(texts)[part.indices.to_numpy()]
     # as wide as the longest that is there
     return np.array(found.tolist()) if len(found) else found
@@ -449,6 +467,7 @@ def check_answers(
     "ValueError where arrays are no answers, or not those that the result tells of."
     lacking = set(_whole) - set(arrays)
     if lacking: raise ValueError(f'no {", ".join(sorted(lacking))}')
+    if len({a.shape for a in arrays.values()}) > 1: raise ValueError('arrays of unlike lengths')
     if any(a.dtype.kind not in 'iu' for k, a in arrays.items() if k in _whole or k[-2:] in _halves):
         raise ValueError('scores that are no whole numbers')
     told = {'': result['metrics'].get(split)}
@@ -537,16 +556,20 @@ def unpack(
         (folder/'result.json').write_text(text, encoding='utf-8')
 
 # %% ../../nbs/evidence/15_kept.ipynb #808d137c
-def _bring(path, out):
+def _bring(evidence, out):
     "Evidence, and what it cannot tell: the user's words, the energy, the runs' pages."
-    beside = [path.parent/'notes.md', path.parent/'energy.json',
-              *sorted((path.parent/'pages').glob('*.html'))]
+    path = evidence.path
+    beside = [path.parent/NOTES, path.parent/'energy.json',
+              *(path.parent/'pages'/f'{run["result"]["run"]}.html' for run in evidence.note['runs'])]
     for file in (path, *beside):
         to = out/(FILE if file == path else file.relative_to(path.parent))
+        # what the user wrote there stays
+        if to.name == NOTES and to.exists(): continue
         # a link could lead anywhere
         if file.is_symlink() or not file.is_file() or to.resolve() == file.resolve(): continue
         with atomic_path(to) as part: shutil.copyfile(file, part)
 
+# %% ../../nbs/evidence/15_kept.ipynb #f9f36f62
 def report_from(
     DIR,         # a report's folder, or its `Evidence`
     out=None,    # the new report's folder; None: the same
@@ -561,7 +584,7 @@ def report_from(
     preset, said = evidence.note['preset'], evidence.note['report']
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise disk_error(e, out) from e
-    _bring(evidence.path, out)
+    _bring(evidence, out)
     with tempfile.TemporaryDirectory() as tmp:
         unpack(evidence, tmp)
         looks = Path(tmp)/'looks.json'

@@ -13,7 +13,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 from ..errors import KitError, atomic_path, disk_error, write_text
 from .experiments import FROZEN, other_code, preset_of, run_config, run_hashes
-from .kept import FILE, check_answers, evidence_file, read_evidence, unpack
+from .kept import (FILE, check_answers, evidence_file, looks_of_report,
+                                  read_evidence, unpack)
+from .pages import page_again
 from .sections import flat_config
 from .tables import MERGED, load_results, load_samples
 
@@ -180,14 +182,15 @@ def _land(r, out, edited, despite, source):
         write_text(folder/'result.json', json.dumps(result, indent=1, sort_keys=True))
     finally: lock.release()
 
-# %% ../../nbs/evidence/16_merge.ipynb #64897e77
-def _looks_of(folder):
-    "What is known of a report's looks, as text; None where none were planned."
-    file = folder/'looks.json'
-    if not file.is_file(): return None
-    try: return json.dumps(json.loads(file.read_text(encoding='utf-8')))
-    except (OSError, ValueError, RecursionError) as e:
-        raise KitError(f'the looks cannot be read: {e}', file, 'Remove that file') from e
+# %% ../../nbs/evidence/16_merge.ipynb #daaeeb5a
+def _bring_page(name, source, out):
+    "The page of a merged run, made anew from its own words, where its report has one."
+    page, to = evidence_file(source).parent/'pages'/f'{name}.html', out/'pages'/f'{name}.html'
+    if to.exists() or page.is_symlink() or not page.is_file(): return
+    again = page_again(page.read_text(encoding='utf-8', errors='replace'), name)
+    if again is None: return
+    to.parent.mkdir(exist_ok=True)
+    write_text(to, again)
 
 # %% ../../nbs/evidence/16_merge.ipynb #7f88cbfb
 def merge_runs(
@@ -197,15 +200,16 @@ def merge_runs(
     despite='',   # why other code cannot matter; '': it does
 )->tuple:         # names of runs that were added, and of those that were there already
     "Add the runs of other reports. KitError, and nothing is changed, where any does not fit."
-    out, added, same, looks = Path(out), {}, [], None
+    out, added, same, pages, looks = Path(out), {}, [], {}, None
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise disk_error(e, out) from e
     report = _Report(load_results(out, preset), preset, (despite or '').strip())
     with ExitStack() as stack:
         for source in sources:
             folder = stack.enter_context(opened_report(source))
-            looks = looks or _looks_of(folder)
+            looks = looks or looks_of_report(folder)
             for r in load_results(folder):
+                pages.setdefault(r['run'], source)
                 if r['run'] in report.runs:
                     _check_same(report.runs[r['run']], r, source)
                     same.append(r['run'])
@@ -214,6 +218,8 @@ def merge_runs(
                     report.take(r)
         # all fit
         for r, edited, source in added.values(): _land(r, out, edited, report.despite, source)
+    for name, source in pages.items(): _bring_page(name, source, out)
     # seeds that were chosen look by look must be judged by looks
-    if looks and not (out/'looks.json').exists(): write_text(out/'looks.json', looks)
+    if looks and not (out/'looks.json').exists():
+        write_text(out/'looks.json', json.dumps(looks))
     return list(added), same
