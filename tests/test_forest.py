@@ -191,7 +191,7 @@ def test_the_dot_plot_stands_what_is_missing(report):
 def test_the_dot_plot_in_words(report):
     results, table1 = report
     text = forest.methods_text(table1, forest.method_intervals(table1, results, draws=50), 'refshapes').splitlines()
-    assert text[0] == 'Dot plot of 13 methods of Table 1 on RefCOCO, 8 of them run here. Overall IoU in percent.'
+    assert text[0] == 'Dot plot of 13 methods of Table 1 on RefCOCO in the paper and on RefShapes here, 8 of them run here. Overall IoU in percent.'
     assert len(text) == 4 and text[1].startswith('val: LTS published 65.4, here ') and 'Lang2seg published 58.9, not run' in text[1]
 
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np, pandas as pd
 from scipy import stats
+from ..errors import KitError
 from .experiments import ROWS, preset_of
 from .looks import (ALPHA, IMAGES, LOOKS, critical_t, holm, look_interval, looks_of,
                                    p_of)
 from .paper import published
 from .tables import (Totals, drawn_times, finishes_of, image_totals,
-                                    load_samples, middle_of, results_frame)
+                                    middle_of, results_frame, totals_of)
 
 # %% ../../nbs/evidence/06_claims.ipynb #26374a80
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _reader(results):
         there = [r for r in runs.get((experiment, dataset), [])
                  if (r['folder']/f'samples-{split}.npz').exists()]
         there = sorted(there, key=lambda r: r['seed'])
-        return {r['seed']: image_totals(load_samples(r, split, experiment, True)) for r in there}
+        return {r['seed']: totals_of(r, split, experiment) for r in there}
     return scores
 
 def _pairs(scores, better, than, dataset, split, printed=None):
@@ -229,7 +230,12 @@ def _pairs(scores, better, than, dataset, split, printed=None):
     one = scores(better, dataset, split)
     if printed: return {seed: (totals, printed) for seed, totals in one.items()}
     other = scores(than, dataset, split) if than else {}
-    return {seed: (totals, other[seed]) for seed, totals in one.items() if seed in other}
+    pairs = {seed: (totals, other[seed]) for seed, totals in one.items() if seed in other}
+    if len({len(totals) for pair in pairs.values() for totals in pair}) > 1:
+        raise KitError(f'runs of {better} and {than} were scored on unlike numbers of images',
+                       f'{dataset} {split}', 'Remove the runs that were made on other data, and '
+                       'run lts reproduce again')
+    return pairs
 
 # %% ../../nbs/evidence/06_claims.ipynb #bb134c83
 def _differences(pairs, metric):
@@ -323,6 +329,7 @@ def effects_frame(
     preset:str,      # smoke, cpu, gpu or paper
     draws:int=2000,  # of the bootstrap
     looks:bool=False,# a line for each planned look; else one for all seeds
+    metric='oIoU',   # what claims about IoU are judged by; or 'mIoU'
 )->pd.DataFrame:     # claim, step, dataset, split, metric and the columns of `effect`
     "Every effect that the results allow, on every split."
     out, scores = [], _reader(results)
@@ -334,10 +341,10 @@ def effects_frame(
                 for split in ('val', 'testA', 'testB', 'test'):
                     pairs = _pairs(scores, e[a], e.get(b), ours, split, c.printed)
                     if not pairs: continue
+                    by = metric if c.metric == 'oIoU' else c.metric
                     line = dict(claim=c.claim, step=_step_name(a, b), dataset=ours, split=split,
-                                metric=c.metric)
-                    made = look_effects(pairs, c.metric, draws) if looks \
-                        else [effect(pairs, c.metric, draws)]
+                                metric=by)
+                    made = look_effects(pairs, by, draws) if looks else [effect(pairs, by, draws)]
                     out += [line | one for one in made]
     return pd.DataFrame(out, columns=[
         'claim', 'step', 'dataset', 'split', 'metric', 'look', 'effect', 'low', 'high',

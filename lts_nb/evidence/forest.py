@@ -16,8 +16,9 @@ from scipy import stats
 from ..errors import KitError
 from .claims import CLAIMS, MARGIN, NO_DIFFERENCE, VERDICTS, effect
 from .experiments import base_of
+from .looks import LOOKS
 from .paper import dataset_titles
-from .tables import Totals, finishes_of, image_totals, load_samples
+from .tables import Totals, finishes_of, totals_of
 
 # %% ../../nbs/evidence/08_forest.ipynb #0d592df8
 MARKS = {  # verdict → shape, colour
@@ -200,7 +201,7 @@ def seed_totals(
         if (r['experiment'], r['dataset']) != (base_of(experiment), dataset): continue
         kept = (r['folder']/f'samples-{split}.npz').exists()
         if kept and experiment in finishes_of(r):
-            out[r['seed']] = image_totals(load_samples(r, split, experiment, True))
+            out[r['seed']] = totals_of(r, split, experiment)
     return dict(sorted(out.items()))
 
 def _printed(table1):
@@ -259,7 +260,9 @@ def _method_axes(ax, f, order):
         lts = line.row == 'LTS'
         colour, shape = ('#b3261e', 's') if lts else ('#0b63ce', 'o')
         if np.isfinite([line.low, line.high]).all():
-            ax.plot([line.low, line.high], [y, y], color=colour, lw=1.8)
+            # with fewer seeds than the first look asks for, the bar promises too much
+            style = '-' if line.seeds >= LOOKS[0] else ':'
+            ax.plot([line.low, line.high], [y, y], style, color=colour, lw=1.8)
         ax.plot(line.ours, y, marker=shape, ms=6, color=colour, mec='white', mew=.5)
         ax.text(1.02, y, f'{line.paper_place:.0f} → {line.our_place:.0f}', fontsize=6.5,
                 transform=ax.get_yaxis_transform(), va='center', color=colour,
@@ -294,6 +297,8 @@ def methods_plot(
             _method_axes(ax, named[named.split == split], order)
         axes[0, 0].set_yticks(range(len(order)), list(order), parse_math=False)
         axes[0, 0].set_ylim(len(order) - .4, -.6)
+        # an IoU cannot be negative, although an interval over three seeds can
+        axes[0, 0].set_xlim(left=max(0, axes[0, 0].get_xlim()[0]))
         for ax in axes.flat: ax.tick_params(axis='y', length=0)
         for label in axes[0, 0].get_yticklabels():
             if label.get_text() == 'LTS': label.set(color='#b3261e', weight='bold')
@@ -320,8 +325,11 @@ def methods_text(
     if lines.empty: return 'Dot plot without a method of Table 1.'
     named = lines.rename(columns={'place in the paper': 'paper_place', 'place here': 'our_place'})
     run = lines[lines.ours.notna()].row.nunique()
-    first = (f'Dot plot of {lines.row.nunique()} methods of Table 1 on '
-             f'{_title(lines.dataset.iloc[0])}, {run} of them run here. Overall IoU in percent.')
+    ours = lines.on.dropna()
+    where = f'{_title(lines.dataset.iloc[0])} in the paper'
+    if len(ours): where += f' and on {_title(ours.iloc[0])} here'
+    first = (f'Dot plot of {lines.row.nunique()} methods of Table 1 on {where}, {run} of them run '
+             'here. Overall IoU in percent.')
     rest = []
     for split, f in named.groupby('split', sort=False):
         rest.append(f'{split}: ' + '; '.join(_method_said(line) for line in f.itertuples()) + '.')

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'MERGED', 'metric_names', 'seg_pairs', 'load_arrays', 'load_results', 'finishes_of', 'results_frame',
            'write_csv', 'Totals', 'image_totals', 'metrics_of', 'bootstrap_interval', 'drawn_times', 'middle_of',
-           'intervals_frame', 'load_samples', 'paper_table', 'Block', 'table_blocks', 'notes_of', 'table_markdown',
-           'tex_escape', 'styled', 'table_latex', 'write_table', 'seg_grid_share', 'thresholds_frame', 'costs_frame',
-           'run_took', 'known_energy', 'settings_frame', 'rates_grid', 'best_rates', 'compare_reports']
+           'intervals_frame', 'load_samples', 'totals_of', 'paper_table', 'Block', 'table_blocks', 'notes_of',
+           'table_markdown', 'tex_escape', 'styled', 'table_latex', 'write_table', 'seg_grid_share', 'thresholds_frame',
+           'costs_frame', 'run_took', 'known_energy', 'settings_frame', 'rates_grid', 'best_rates', 'compare_reports']
 
 # %% ../../nbs/evidence/03_tables.ipynb #2438792d
 import html, json
@@ -243,7 +243,7 @@ def intervals_frame(
         for experiment, of_split in finishes_of(r).items():
             for split in of_split:
                 if not (r['folder']/f'samples-{split}.npz').exists(): continue
-                totals = image_totals(load_samples(r, split, experiment, True))
+                totals = totals_of(r, split, experiment)
                 for metric, low, high in _ends(totals, draws):
                     rows.append((experiment, r['dataset'], split, r['seed'], metric, low, high))
     columns = ['experiment', 'dataset', 'split', 'seed', 'metric', 'low', 'high']
@@ -267,6 +267,23 @@ def load_samples(
     except Exception as e:
         mend = f'Remove the folder {path.parent} and run lts reproduce again'
         raise KitError(f'the samples cannot be read: {e}', path, mend) from e
+
+# %% ../../nbs/evidence/03_tables.ipynb #580ae730
+@lru_cache(1024)
+def _totals_as_of(folder, split, experiment, when):
+    totals = image_totals(load_samples(dict(folder=folder), split, experiment, True))
+    # all who ask share it
+    totals.flags.writeable = False
+    return totals
+
+def totals_of(
+    result:dict,       # from `load_results`, whose samples were kept
+    split:str,         # val, testA, testB or test
+    experiment:str='', # 'rmi@crf': of that finish; without an @, of the run itself
+)->np.ndarray:         # as of `image_totals`
+    "The totals of a run, image by image; a file that has not changed is read once."
+    file = result['folder']/f'samples-{split}.npz'
+    return _totals_as_of(result['folder'], split, experiment, file.stat().st_mtime_ns)
 
 # %% ../../nbs/evidence/03_tables.ipynb #8dd8cd18
 _columns = ['row', 'dataset', 'split', 'metric', 'paper', 'ours', 'sd', 'seeds', 'difference',
@@ -420,6 +437,13 @@ def _group(g, metric, leads):
     return texts, best, links
 
 # %% ../../nbs/evidence/03_tables.ipynb #01cc3c3a
+def _headed(name, lines):
+    "The paper's data set, and after a slash that on which ours were measured, if another."
+    if name == '' and lines.dataset.nunique() == 1: name = lines.dataset.iloc[0]
+    ours = [d for d in lines['ours on'].dropna().unique() if d != name]
+    title = dataset_titles.get(name, name)
+    return f'{title} / {" + ".join(ours)}' if ours and name in dataset_titles else title
+
 def table_blocks(
     table:str,          # "1" … "7"
     frame:pd.DataFrame, # from `paper_table`
@@ -435,9 +459,9 @@ def table_blocks(
         for name, g in b.groupby(group_by, sort=False):
             g = g.set_index('row').reindex(labels)
             metric = name if group_by == 'metric' else 'IoU'
-            groups[dataset_titles.get(name, name)] = _group(g, metric, leads or {})
+            groups[_headed(name, g.dropna(subset='dataset'))] = _group(g, metric, leads or {})
         frames = [pd.concat(dict(zip(groups, same)), axis=1) for same in zip(*groups.values())]
-        blocks.append(Block(dataset_titles.get(key, key), *frames, notes=_notes(labels, b)))
+        blocks.append(Block(_headed(key, b), *frames, notes=_notes(labels, b)))
     return blocks
 
 # %% ../../nbs/evidence/03_tables.ipynb #52b1b7f0
@@ -686,6 +710,8 @@ def _numbers_of(DIR):
     except ValueError as e: raise KitError(f'the results cannot be read: {e}', path, again) from e
     absent = [c for c in [*_key, 'seed', 'value'] if c not in f]
     if absent: raise KitError(f'the results lack the columns {", ".join(absent)}', path, again)
+    if not pd.api.types.is_numeric_dtype(f['value']):
+        raise KitError('the results hold values that are no numbers', path, again)
     g = f.groupby(_key)['value'].agg(['mean', 'std', 'size'])
     over_seeds = stats.t.ppf(.975, g['size'] - 1) * g['std'] / np.sqrt(g['size'])
     g['half'] = np.fmax(_image_half(DIR, f), over_seeds)
@@ -695,8 +721,12 @@ def _image_half(DIR, f):
     "Half-widths over images, NaN where there is none."
     path = Path(DIR)/'intervals.csv'
     if not path.exists(): return f.groupby(_key)['value'].mean() * np.nan
-    i = pd.read_csv(path)
-    i['half'] = (i.high - i.low) / 2
+    try:
+        i = pd.read_csv(path)
+        i['half'] = (i.high - i.low) / 2
+    except (ValueError, AttributeError, TypeError) as e:
+        raise KitError(f'the intervals cannot be read: {e}', path,
+                       f'Make them again: lts reproduce --out {DIR}') from e
     swapped = i[i.metric == 'oIoU'].assign(metric='swapped oIoU')
     half = pd.concat([i, swapped]).groupby(_key)['half'].mean()
     return half.reindex(f.groupby(_key).size().index)
