@@ -73,6 +73,14 @@ def test_every_link_leads_somewhere(site, pages):
     assert broken == []
 
 
+def test_a_report_in_the_site_leads_to_the_pages_of_its_runs(site):
+    reports = list((site/'repository'/'reports').glob('*/index.html'))
+    assert reports
+    for report in reports:
+        links = {unquote(a['href'].partition('#')[0]) for a in BeautifulSoup(report.read_text(), 'html.parser')('a', href=True)}
+        assert [link for link in links - {''} if not re.match(r'\w+:', link) and not (report.parent/link).exists()] == []
+
+
 @pytest.mark.parametrize('lesson', [p for p in LESSONS if p.parent.name != 'runs'], ids=str)
 def test_formulas_are_mathml(lesson, pages):
     text = '\n\n'.join(''.join(c['source']) for c in json.loads((ROOT/'nbs'/lesson).read_text())['cells'] if c['cell_type'] == 'markdown')

@@ -39,8 +39,9 @@ took a published one.
 {rows}
 
 "Against another object" holds each mask against another described object of the same picture: a model that ignored the
-sentence would score as high there. These are one seed's numbers; what three seeds reach stands in
-[reports/cpu](../../reports/cpu/index.html).
+sentence would score as high there. These are one seed's numbers; what more seeds reach stands in
+[reports/cpu](../../reports/cpu/index.html). The report's run of this seed may differ by half a point: this model was trained
+by the code of commit {commit}, and later code adds the same numbers in another order.
 
 ## What it does not know
 
@@ -78,7 +79,7 @@ def card(result, backbone_parameters):
         max_len=config['data']['max_len'], dataset=config['dataset'], fingerprint=result['fingerprint'],
         preset=config['preset'], seed=config['seed'], epochs=train['epochs'], epoch_refs=train['epoch_refs'],
         lr=train['lr'], decay=train['decay'], words=result['vocabulary'] - 2, torch=result['versions']['torch'],
-        rows='\n'.join(rows), ceiling=result['ceiling']['val']['oIoU'])
+        rows='\n'.join(rows), ceiling=result['ceiling']['val']['oIoU'], commit=result['code']['commit'])
 
 
 def ship(run, target):
@@ -86,10 +87,10 @@ def ship(run, target):
     from lts_nb.training.fit import read_checkpoint
     result = json.loads((run/'result.json').read_text())
     if result['config']['backbone']['weights'] != 'shipped': sys.exit('this run does not stand on the shipped backbone')
+    if (result['code']['commit'] or '+').endswith('+'): sys.exit('this run was made by code that no commit holds: commit it, and train the run again')
     weights = read_checkpoint(run/'checkpoint.pt')['model']
     save_file({k: v.contiguous() for k, v in weights.items()}, target/'model.safetensors')
     shutil.copy(run/'vocab.json', target/'vocab.json')
-    result['code']['commit'] = result['code']['commit'].rstrip('+')
     (target/'result.json').write_text(json.dumps(result, indent=1, sort_keys=True) + '\n')
     (target/'README.md').write_text(card(result, result['parts']['backbone']['parameters']), encoding='utf-8')
 

@@ -92,6 +92,9 @@ def linked_files():
         text = '\n'.join(map(shown_markdown, json.loads(notebook.read_text())['cells']))
         links = [link for link in LINK.findall(text) if not re.match(r'\w+:|/', link)]
         found |= {(notebook.parent/link).resolve() for link in links}
+    # a report leads to the pages of its runs
+    reports = [path for path in found if path.name == 'index.html' and (path.parent/'pages').is_dir()]
+    for report in reports: found |= set((report.parent/'pages').glob('*.html'))
     return sorted(p.relative_to(ROOT) for p in found if not p.is_relative_to(NBS))
 
 
