@@ -149,7 +149,7 @@ def test_a_report_is_made_anew_where_anything_that_it_shows_has_changed(made):
     assert batch._report_key(plan, out) != key and batch._report_key(plan, out, [VICTIM]) != batch._report_key(plan, out)
     # a damaged stamp is no stamp
     (out/'report.json').write_text('{')
-    assert batch._made_of(out/'report.json') is None
+    assert batch._read_json(out/'report.json') is None
     # and a narrower report by hand takes the stamp away
     (out/'report.json').write_text(json.dumps(key))
     write_report(out, 'smoke', ['5'])

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CLAIMS', 'MARGIN', 'NO_DIFFERENCE', 'VERDICTS', 'RULES', 'Claim', 'printed_effect', 'seed_interval', 'image_interval',
            'verdict', 'effect', 'look_effects', 'grid_share', 'experiments_of', 'effects_frame', 'seed_effects',
-           'claims_frame', 'simulate_pairs', 'coverage', 'simulate_suite', 'follow', 'is_wrong', 'chance_to_decide']
+           'claims_frame', 'tally', 'simulate_pairs', 'coverage', 'simulate_suite', 'follow', 'is_wrong',
+           'chance_to_decide']
 
 # %% ../../nbs/evidence/06_claims.ipynb #35274c71
 from dataclasses import dataclass
@@ -420,6 +421,12 @@ def claims_frame(
                 out.append(line | judged)
     frame = pd.DataFrame(out, columns=_columns)
     return _corrected(frame.astype({'seeds': 'Int64', 'look': 'Int64'}))
+
+def tally(
+    claims:pd.DataFrame, # of `claims_frame`
+)->str:                  # '8 reproduced, 2 inconclusive'
+    "How many claims have which verdict."
+    return ', '.join(f'{n} {v}' for v, n in claims.verdict.value_counts().items())
 
 # %% ../../nbs/evidence/06_claims.ipynb #2e623703
 def _first_decided(claim, role, ours, split, f, means):

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import blended_transform_factory
 from scipy import stats
 from ..errors import KitError
-from .claims import CLAIMS, MARGIN, NO_DIFFERENCE, VERDICTS, effect
+from .claims import CLAIMS, MARGIN, NO_DIFFERENCE, VERDICTS, effect, tally
 from .experiments import base_of
 from .looks import LOOKS
 from .paper import dataset_titles
@@ -126,11 +126,10 @@ def _forest_axes(ax, lines, dataset):
     ax.set_yticks(range(len(lines)), _labels(lines), fontsize=7, parse_math=False)
     ax.tick_params(axis='y', length=0)
     ax.set_ylim(len(lines) - .4, -.6)
-    counts = ', '.join(f'{n} {v}' for v, n in lines.verdict.value_counts().items())
     # the heading begins at the figure's edge, where there is room for all its words
     place = blended_transform_factory(ax.figure.transFigure, ax.transAxes)
     ax.set_title(' ', pad=12)
-    ax.annotate(f'{_title(dataset)}: {counts}', (.01, 1), xytext=(0, 11), fontsize=9,
+    ax.annotate(f'{_title(dataset)}: {tally(lines)}', (.01, 1), xytext=(0, 11), fontsize=9,
                 xycoords=place, textcoords='offset points', va='bottom', parse_math=False,
                 in_layout=False)
     ax.text(1.015, -.75, 'seeds', transform=ax.get_yaxis_transform(), fontsize=7, va='bottom')
@@ -182,8 +181,7 @@ def forest_text(
     if lines.empty: return 'Forest plot without a claim.'
     summary, rest = [], []
     for dataset, f in lines.groupby('dataset', sort=False):
-        counts = ', '.join(f'{n} {v}' for v, n in f.verdict.value_counts().items())
-        summary.append(f'{_title(dataset)}: {counts}')
+        summary.append(f'{_title(dataset)}: {tally(f)}')
         rest += [f'{_title(dataset)}. {_said(line)}.' for line in f.itertuples()]
     first = f'Forest plot of {len(lines)} verdicts, effects in points of IoU. '
     return '\n'.join([first + '. '.join(summary) + '.', *rest])

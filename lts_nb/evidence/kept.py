@@ -559,8 +559,9 @@ def unpack(
 def _bring(evidence, out):
     "Evidence, and what it cannot tell: the user's words, the energy, the runs' pages."
     path = evidence.path
+    names = [run['result']['run'] for run in evidence.note['runs']]
     beside = [path.parent/NOTES, path.parent/'energy.json',
-              *(path.parent/'pages'/f'{run["result"]["run"]}.html' for run in evidence.note['runs'])]
+              *(path.parent/'pages'/f'{name}.html' for name in names)]
     for file in (path, *beside):
         to = out/(FILE if file == path else file.relative_to(path.parent))
         # what the user wrote there stays

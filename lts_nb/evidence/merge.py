@@ -15,7 +15,7 @@ from ..errors import KitError, atomic_path, disk_error, write_text
 from .experiments import FROZEN, other_code, preset_of, run_config, run_hashes
 from .kept import (FILE, check_answers, evidence_file, looks_of_report,
                                   read_evidence, unpack)
-from .pages import page_again
+from .pages import take_page
 from .sections import flat_config
 from .tables import MERGED, load_results, load_samples
 
@@ -187,10 +187,8 @@ def _bring_page(name, source, out):
     "The page of a merged run, made anew from its own words, where its report has one."
     page, to = evidence_file(source).parent/'pages'/f'{name}.html', out/'pages'/f'{name}.html'
     if to.exists() or page.is_symlink() or not page.is_file(): return
-    again = page_again(page.read_text(encoding='utf-8', errors='replace'), name)
-    if again is None: return
     to.parent.mkdir(exist_ok=True)
-    write_text(to, again)
+    take_page(page, to, name)
 
 # %% ../../nbs/evidence/16_merge.ipynb #7f88cbfb
 def merge_runs(

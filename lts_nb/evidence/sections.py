@@ -20,7 +20,7 @@ from scipy import stats
 import lts_nb
 from ..data.fetch import leak_note
 from ..errors import KitError
-from .claims import CLAIMS, experiments_of
+from .claims import CLAIMS, experiments_of, tally
 from .experiments import FROZEN, base_of, method_for, preset_of
 from .failures import breakdown_bars
 from .figures import (accuracy_over_operations, figure4, figure5, figure5_columns,
@@ -31,7 +31,7 @@ from .forest import (NAMES, forest_plot, forest_text, method_intervals, methods_
 from .form import NOTES, Section, frame_block, plain
 from .looks import LOOKS, critical_t
 from .paper import record
-from .tables import (best_rates, costs_frame, finishes_of, known_energy, notes_of,
+from .tables import (best_at_an_end, best_rates, costs_frame, finishes_of, known_energy, notes_of,
                                     rates_grid, run_took, seg_grid_share, settings_frame,
                                     table_blocks, thresholds_frame)
 
@@ -247,10 +247,6 @@ def _span(low, high, absolute=False):
     form = '.1f' if absolute else '+.1f'
     return '–' if pd.isna(low) else f'{low:{form}} … {high:{form}}'.replace('-', '−')
 
-def _tally(claims):
-    "'8 reproduced, 2 inconclusive'"
-    return ', '.join(f'{n} {v}' for v, n in claims.verdict.value_counts().items())
-
 def _by_origin(claims):
     "[(whose, lines)]: the paper's claims, and what we ask beside them."
     ours = claims.claim.isin([c.claim for c in CLAIMS if c.ours])
@@ -288,7 +284,7 @@ def _methodology(m):
 def _outcome(m):
     claims, parts = m.evidence['claims'], []
     for d, lines in claims.groupby('dataset', sort=False):
-        said = [f'{whose}: {_tally(c)}' for whose, c in _by_origin(lines)]
+        said = [f'{whose}: {tally(c)}' for whose, c in _by_origin(lines)]
         parts.append(f'{NAMES.get(d, d)}. {"; ".join(said)}.')
     parts.append(f'Where each data set’s whole table may err in 5 % of all cases (Holm), '
                  f'{_held(claims)} decided verdicts hold.')
@@ -364,7 +360,7 @@ def claims_section(
              dict(kind='text', text=_how_looked(claims) if looked else HOW_FIXED)]
     for dataset, lines in claims.groupby('dataset', sort=False):
         for whose, c in _by_origin(lines):
-            title = f'{whose} on {NAMES.get(dataset, dataset)}: {_tally(c)}'
+            title = f'{whose} on {NAMES.get(dataset, dataset)}: {tally(c)}'
             parts.append(dict(kind='table', block=_claims_block(c, dataset, title)))
     return Section('claims', 'What of the paper holds here?', parts)
 
@@ -432,10 +428,7 @@ def _searched():
         raise KitError(f'the search for learning rates cannot be read: {e}', _dev) from e
     shown = grid.rename(columns='{:g}'.format).rename_axis(columns=None)
     shown['kept'] = [f'{best[method]:g}' for method in grid.index]
-    at_edge = []
-    for method, rate in best.items():
-        tried = grid.loc[method].dropna().index
-        if rate in (tried[0], tried[-1]): at_edge.append(method)
+    at_edge = best_at_an_end(grid)
     edges = (f' The best rate of {", ".join(at_edge)} lies at an end of the grid, so a rate beyond '
              'it might be better still.') if at_edge else ''
     title = 'Overall IoU on val by learning rate, percent'

@@ -7,7 +7,8 @@ __all__ = ['SCHEMA', 'MERGED', 'metric_names', 'seg_pairs', 'load_arrays', 'load
            'write_csv', 'Totals', 'image_totals', 'metrics_of', 'bootstrap_interval', 'drawn_times', 'middle_of',
            'intervals_frame', 'load_samples', 'totals_of', 'paper_table', 'Block', 'table_blocks', 'notes_of',
            'table_markdown', 'tex_escape', 'styled', 'table_latex', 'write_table', 'seg_grid_share', 'thresholds_frame',
-           'costs_frame', 'run_took', 'known_energy', 'settings_frame', 'rates_grid', 'best_rates', 'compare_reports']
+           'costs_frame', 'run_took', 'known_energy', 'settings_frame', 'rates_grid', 'best_rates', 'best_at_an_end',
+           'compare_reports']
 
 # %% ../../nbs/evidence/03_tables.ipynb #2438792d
 import html, json
@@ -695,6 +696,16 @@ def best_rates(
 )->dict:               # method -> the rate with the highest overall IoU
     "What the search for learning rates found, for the methods that were run."
     return grid.idxmax(axis=1).to_dict()
+
+def best_at_an_end(
+    grid:pd.DataFrame, # from `rates_grid`
+)->list:               # of methods
+    "Whose best rate is the lowest or the highest that was tried, so that a better one may follow."
+    found = []
+    for method, rate in best_rates(grid).items():
+        tried = grid.loc[method].dropna().index
+        if rate in (tried[0], tried[-1]): found.append(method)
+    return found
 
 # %% ../../nbs/evidence/03_tables.ipynb #e2166b1a
 _key = ['experiment', 'dataset', 'split', 'metric']

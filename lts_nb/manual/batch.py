@@ -101,10 +101,14 @@ def _things_of(runs):
     return out
 
 # %% ../../nbs/manual/03_batch.ipynb #91ab4be7
+def _read_json(file):
+    "What a file holds; None where it is not there or damaged."
+    try: return json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError): return None
+
 def _result(out, run):
     "What a run left; None where there is nothing, or nothing that a run writes."
-    try: result = json.loads((Path(out)/'runs'/run/'result.json').read_text())
-    except (OSError, ValueError, RecursionError): return None
+    result = _read_json(Path(out)/'runs'/run/'result.json')
     whole = isinstance(result, dict) and isinstance(result.get('config'), dict)
     return result if whole else None
 
@@ -181,8 +185,7 @@ def failed_runs(
     out,    # the report's folder
 )->list:    # names of the runs whose last attempt failed
     "What `lts reproduce` could not bring up to date."
-    try: names = json.loads((Path(out)/'failed.json').read_text())
-    except (OSError, ValueError, RecursionError): return []
+    names = _read_json(Path(out)/'failed.json')
     return [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
 
 # %% ../../nbs/manual/03_batch.ipynb #a3874540
@@ -651,10 +654,7 @@ def _report_key(plan, out, failed=()):
     # as it will be read from its file
     return json.loads(json.dumps(key))
 
-def _made_of(stamp):
-    "What the report that is there was made of; None where that is not known."
-    try: return json.loads(stamp.read_text())
-    except (OSError, ValueError, RecursionError): return None
+
 
 # %% ../../nbs/manual/03_batch.ipynb #3f350cc9
 def make_report(
@@ -666,7 +666,7 @@ def make_report(
     from lts_nb.evidence.kept import write_evidence
     out, stamp = Path(out), Path(out)/'report.json'
     key = _report_key(plan, out, failed)
-    if (out/'index.html').exists() and _made_of(stamp) == key: return ''
+    if (out/'index.html').exists() and _read_json(stamp) == key: return ''
     command = [sys.executable, '-m', 'papermill', str(KIT/'nbs'/'runs'/'report.ipynb'),
                str(out/'report.ipynb'), '--cwd', str(KIT/'nbs'/'runs'), '-k', 'python3',
                '--no-progress-bar', '-p', 'out', str(out), '-p', 'preset', plan['preset'], '-y',

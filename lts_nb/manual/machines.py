@@ -401,7 +401,8 @@ def recall_jobs(
 ):
     "Take back the SLURM jobs of an attempt that was lost with its machine."
     def left():
-        jobs = [l.split(' ', 1) for l in ask_cluster('squeue', '--me', '-h', '-o', '%i %j').splitlines()]
+        said = ask_cluster('squeue', '--me', '-h', '-o', '%i %j')
+        jobs = [line.split(' ', 1) for line in said.splitlines()]
         return [job for job, name in jobs if name.startswith(job_prefix(out))]
     if not (jobs := left()): return
     print(f'{len(jobs)} jobs of an earlier attempt are still on the cluster; they are taken back, '
