@@ -14,7 +14,6 @@ ifneq ($(filter command environment,$(firstword $(origin PYTHON))),)
 endif
 VENV ?= .venv
 BIN := $(VENV)/bin
-LESSONS = $(shell $(BIN)/python tools/parts.py)
 
 .PHONY: bench help setup lab reproduce test test-kill test-fuzz test-slurm check lessons pytest export readme docs clean
 .DEFAULT_GOAL := help
@@ -54,11 +53,8 @@ check: setup ## does what is generated (lts_nb/, README.md) agree with the noteb
 bench: setup ## measure start, data, training step and scoring on this machine: make bench ARGS="--name my-machine"
 	$(BIN)/python tools/bench.py $(ARGS)
 
-lessons: setup ## run every notebook's cells, one thread each, with a time limit
-	@mkdir -p build
-	@printf '%s\n' $(LESSONS) | OMP_NUM_THREADS=1 MPLBACKEND=agg xargs -P $(CORES) -I{} bash -c \
-	  'log=build/$$(echo {} | tr / -).log; timeout $(SECONDS_A_NOTEBOOK) $(BIN)/nbdev_test --path {} --n_workers 0 --timing > "$$log" 2>&1 && echo "ok {}" \
-	   || { status=$$?; cat "$$log"; test $$status = 124 && echo "{}: stopped after $(SECONDS_A_NOTEBOOK) s"; echo "FAILED {}"; exit 1; }'
+lessons: setup ## run every notebook's cells, one thread each, with a time limit; one alone: make lessons ARGS=nbs/data/01_refer.ipynb
+	$(BIN)/python tools/lessons.py --cores $(CORES) --seconds $(SECONDS_A_NOTEBOOK) $(ARGS)
 
 # a file's tests stay together: they share what its fixtures have made
 pytest: setup

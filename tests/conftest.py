@@ -1,10 +1,18 @@
 "What several test files share."
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope='module', autouse=True)
+def own_threads():
+    "A run of a large preset takes four threads and keeps them; threads that wait for a processor cost minutes."
+    yield
+    if torch := sys.modules.get('torch'): torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', torch.get_num_threads())))
 
 
 @pytest.fixture(scope='session')

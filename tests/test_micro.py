@@ -27,7 +27,7 @@ class Whole(nn.Module):
 
 
 def test_overfits_the_val_sentences(micro):
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     refer = Refer(micro, 'refcoco')
     vocab = build_vocab([tokenize(s.sent) for _, s in refer.sentences_of('val')])

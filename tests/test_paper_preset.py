@@ -66,7 +66,7 @@ def made(micro, tmp_path_factory):
     write_vectors(root/'glove'/'glove.840B.300d.txt', words[::2])
     config = run_config('lts', 'refcoco', 'paper')
     config = config.replace(train=config.train.replace(epochs=1, epoch_refs=8, batch=4), splits=['val', 'testA'],
-                            compute=config.compute.replace(threads=2, score_batch=8))
+                            compute=config.compute.replace(threads=1, score_batch=8))
     ensure_data(config, root), ensure_backbone(config, root, out)
     run = prepare(config, root, out)
     history = train_model(run.model, run.samples('train'), run.source, config, run.acc, run.checkpoint)

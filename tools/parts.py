@@ -31,6 +31,13 @@ def notebooks(
     return [nbs/'index.ipynb', *of_parts, *others]
 
 
+def lessons(
+    root=ROOT, # folder of a checkout
+)->list:       # paths
+    "The notebooks whose cells a test runs: all but the index, which is the README, and runs, which papermill starts."
+    return [path for path in notebooks(root) if path.parent.name not in ('runs', 'nbs')]
+
+
 def modules(
     root=ROOT, # folder of a checkout
 )->list:       # paths of lts_nb's modules, sorted
@@ -46,8 +53,3 @@ def title_of(
     title, _, rest = first.partition('\n')
     subtitle = next((l for l in rest.splitlines() if l.startswith('>')), '')
     return title.removeprefix('#').strip(), subtitle.removeprefix('>').strip()
-
-
-if __name__ == '__main__':  # the Makefile's list of lessons
-    for path in notebooks():
-        if path.parent.name not in ('runs', 'nbs'): print(path.relative_to(ROOT))

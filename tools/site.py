@@ -164,20 +164,28 @@ def exported_to(module, page):
 
 
 def plain_page(soup, page):
-    "The cells of a notebook as a page that is read: text, code, what it shows; the rest folded or left out."
-    module, imports, body = None, [], []
+    """The cells of a notebook as a page that is read: text, code, what it shows; the rest folded or left out.
+
+    A second value holds the highlighted code. The page has a comment in its place, which `with_code` replaces: thousands of
+    coloured words need not be parsed again."""
+    module, imports, body, code = None, [], [], []
+
+    def block_of(lines):
+        "The comment that stands for a highlighted block."
+        code.append(as_block(lines))
+        return f'<!--code {len(code) - 1}-->'
 
     def put(piece):
         "Add a piece; imports that stood together before it come first, folded into one line."
         if imports:
-            body.append(f'<details class="fold"><summary>Imports</summary>{as_block(imports)}</details>')
+            body.append(f'<details class="fold"><summary>Imports</summary>{block_of(imports)}</details>')
             imports.clear()
         body.append(piece)
 
     for cell in soup(id=re.compile('^cell-id=')):
         if text := cell.find(class_='jp-MarkdownOutput'):
             for block in text(class_='highlight'):
-                block.replace_with(BeautifulSoup(as_block(read_code(block)[0]), 'html.parser'))
+                block.replace_with(BeautifulSoup(block_of(read_code(block)[0]), 'html.parser'))
             put(f'<div class="jp-MarkdownOutput">{text.decode_contents()}</div>')
             continue
         lines, directives = read_code(cell)
@@ -191,13 +199,18 @@ def plain_page(soup, page):
         notes = [NOTES[d] for d in directives if d in NOTES]
         exported = any(d.split()[0] in ('export', 'exporti', 'exports') for d in directives if d) and module
         if exported: notes.append(exported_to(module, page))
-        block = as_block(lines) if lines else ''
+        block = block_of(lines) if lines else ''
         if notes: block += f'<p class="note">{" · ".join(notes)}</p>'
         if lines and {'hide', 'hide_input', 'echo: false'} & set(directives):
             block = f'<details class="fold"><summary>Code of what follows</summary>{block}</details>'
         put(f'<div class="cell{" exported" if exported else ""}">{block}{outputs}</div>')
     put('')
-    return BeautifulSoup('\n'.join(body), 'html.parser')
+    return BeautifulSoup('\n'.join(body), 'html.parser'), code
+
+
+def with_code(html, code):
+    "A page whose comments are the highlighted blocks that they stand for."
+    return re.sub(r'<!--code (\d+)-->', lambda m: code[int(m[1])], html)
 
 
 # Links, formulas, drawings
@@ -293,7 +306,7 @@ def on_page_content(html, page, config, files):
     "A notebook's page: its cells without the editor, mathematics, drawings, links."
     if not page.file.src_uri.endswith('.ipynb'): return html
     html = re.sub(r'<(style|script)\b.*?</\1>', '', html, flags=re.S)  # the editor's; nothing of it is needed
-    soup = plain_page(BeautifulSoup(html, 'html.parser'), page)
+    soup, code = plain_page(BeautifulSoup(html, 'html.parser'), page)
     page.title = short(title_of(NBS/page.file.src_uri)[0])
     correct_contents(page.toc, soup)
     mark_frames(soup)
@@ -308,4 +321,4 @@ def on_page_content(html, page, config, files):
     if page.file.src_uri == 'index.ipynb':
         page.title, page.meta['hide'] = 'Home', ['navigation', 'toc']
         welcome(soup, page)
-    return str(soup)
+    return with_code(str(soup), code)
