@@ -1,11 +1,14 @@
 "What several test files share."
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# a shell tells its background jobs to ignore Ctrl-C; tests may be such a job, and the programs that they start must hear it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -6,7 +6,6 @@ import subprocess
 import time
 
 import pytest
-from shells import listen
 from test_batch import RUNS, at_work, command, finished, gone_within, run
 
 KILLS = int(os.environ.get('KILLS', 30))
@@ -15,7 +14,7 @@ rng = random.Random(2021)
 
 
 def start(out, root):
-    return subprocess.Popen(command(out, root), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=listen)
+    return subprocess.Popen(command(out, root), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def same(a, b): return [f for f in TABLES if (a/f).read_bytes() != (b/f).read_bytes()]

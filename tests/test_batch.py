@@ -13,7 +13,6 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from shells import listen
 
 from lts_nb.evidence.experiments import runs_for
 from lts_nb.evidence.report import write_report
@@ -200,7 +199,7 @@ def test_failed_run_is_named_and_stops_nobody(made):
 def test_killed_and_run_again_gives_the_same_bytes(made, how, after, cores):
     "Whatever had been done, and however many runs go on at once."
     out = made.base/f'killed-{how}'
-    process = subprocess.Popen(command(out, made.root), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=listen)
+    process = subprocess.Popen(command(out, made.root), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(after)
     assert process.poll() is None, 'it was still at work'
     os.killpg(process.pid, how)

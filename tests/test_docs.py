@@ -133,6 +133,13 @@ CELL = """<div class="jp-Cell" id="cell-id={}"><div class="highlight-ipynb"><pre
 SHOWN = '<div class="jp-RenderedText jp-OutputArea-output"><pre>shown</pre></div>'
 
 
+def plain(kit, cells):
+    "A page of these cells, its code in its place."
+    page = SimpleNamespace(file=SimpleNamespace(src_uri='model/03_fusion.ipynb'))
+    soup, code = kit.plain_page(BeautifulSoup(cells, 'html.parser'), page)
+    return BeautifulSoup(kit.with_code(str(soup), code), 'html.parser')
+
+
 @pytest.mark.parametrize('source, output, folded, seen', [
     ('import torch\ntorch.manual_seed(0)', '', 'Imports', True),
     ('import torch\nx = torch.zeros(2)', '', None, True),
@@ -142,8 +149,7 @@ SHOWN = '<div class="jp-RenderedText jp-OutputArea-output"><pre>shown</pre></div
     ('#| hide\nprint(1)', SHOWN, 'Code of what follows', True),
     ('#| default_exp model.fusion', '', None, False)])
 def test_cells_that_are_noise_are_folded_or_left_out(kit, source, output, folded, seen):
-    soup = BeautifulSoup(CELL.format(1, source, output), 'html.parser')
-    page = kit.plain_page(soup, SimpleNamespace(file=SimpleNamespace(src_uri='model/03_fusion.ipynb')))
+    page = plain(kit, CELL.format(1, source, output))
     summary = page.find('summary')
     assert (summary and summary.get_text()) == folded
     assert bool(page.get_text(strip=True)) == seen and '#|' not in page.get_text()
@@ -152,7 +158,7 @@ def test_cells_that_are_noise_are_folded_or_left_out(kit, source, output, folded
 
 def test_imports_that_stand_together_are_one_fold(kit):
     cells = CELL.format(1, '#| export\nimport torch', '') + CELL.format(2, 'import numpy', '')
-    page = kit.plain_page(BeautifulSoup(cells, 'html.parser'), SimpleNamespace(file=SimpleNamespace(src_uri='a/b.ipynb')))
+    page = plain(kit, cells)
     assert len(page('details')) == 1 and page.find('code').get_text() == 'import torch\nimport numpy\n'
 
 

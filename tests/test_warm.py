@@ -9,7 +9,6 @@ import time
 import numpy as np
 import pytest
 from parts import ROOT
-from shells import listen
 
 from lts_nb.manual.warm import ADDRESS, Warm
 
@@ -33,7 +32,7 @@ def program(tmp_path):
     def called(source, **changes):
         (tmp_path/'program.py').write_text(source)
         env = os.environ | dict(PYTHONPATH=str(ROOT)) | changes
-        return subprocess.Popen([*CALL, 'program', 'one', 'two words'], cwd=tmp_path, env=env, text=True, preexec_fn=listen,
+        return subprocess.Popen([*CALL, 'program', 'one', 'two words'], cwd=tmp_path, env=env, text=True,
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return called
 

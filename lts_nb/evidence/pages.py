@@ -79,6 +79,14 @@ def _as_webp(match):
     except Exception: return match[0]
     return 'data:image/webp;base64,' + base64.b64encode(out.getvalue()).decode()
 
+# a line of warning, and the line of code that it is about
+_line = (r'\S*ipykernel_\d+/\d+\.py:\d+: \w*(?:Deprecation|Future|Pandas\d)Warning: [^\n<]*\n'
+         r'(?:  [^\n<]*\n)?')
+_deprecated = re.compile(
+    r'<div class="output_area">\s*<div class="prompt"></div>\s*'
+    r'<div class="[^"]*output_stderr[^"]*">\s*'
+    rf'<pre>(?:{_line})+</pre>\s*</div>\s*</div>\n?')
+
 def notebook_html(
     notebook,  # tidied
 )->str:        # a fragment: no head, no script, no style
@@ -94,7 +102,8 @@ def notebook_html(
     text = re.sub(r'<(thead|tbody)>.*?</\1>', _with_scopes, text, flags=re.DOTALL)
     # a page has one heading of the first level: the run's name
     text = re.sub(r'(</?h)([1-5])\b', lambda m: f'{m[1]}{int(m[2]) + 1}', text)
-    return _harmless.clean(re.sub(r'\n{2,}', '\n', text).strip())
+    text = _deprecated.sub('', re.sub(r'\n{2,}', '\n', text))
+    return _harmless.clean(text.strip())
 
 # %% ../../nbs/evidence/12_pages.ipynb #faf86e39
 def _makers():
@@ -145,7 +154,8 @@ def page_again(
     found = PAGE.search(text)
     if found is None: return None
     stamp, command, body = found.groups()
-    return _laid_out(name, html.unescape(command), stamp, _harmless.clean(body))
+    body = _harmless.clean(_deprecated.sub('', body))
+    return _laid_out(name, html.unescape(command), stamp, body)
 
 # %% ../../nbs/evidence/12_pages.ipynb #a806c655
 def take_page(
