@@ -1,4 +1,5 @@
 """The report's form: one document, a page and a PDF; the user's notes; runs as pages; links, alternative texts, sizes, a phone."""
+import io
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import zipfile
 
 import nbformat
 import pandas as pd
+import pikepdf
 import pytest
 from bs4 import BeautifulSoup
 
@@ -64,9 +66,12 @@ def test_the_same_runs_give_the_same_page_and_pdf(made, tmp_path):
 
 
 def test_the_pdf_has_words_structure_and_no_date(made):
-    pdf = (made/'report.pdf').read_bytes()
-    assert pdf.startswith(b'%PDF') and b'/StructTreeRoot' in pdf and b'/Lang' in pdf and b'/Alt' in pdf
-    assert b'CreationDate' not in pdf or b'D:1970' in pdf
+    kept, plain = (made/'report.pdf').read_bytes(), io.BytesIO()
+    with pikepdf.open(made/'report.pdf') as paper: paper.save(plain, object_stream_mode=pikepdf.ObjectStreamMode.disable)
+    plain = plain.getvalue()
+    assert kept.startswith(b'%PDF') and b'/StructTreeRoot' in plain and b'/Lang' in plain and b'/Alt' in plain and plain.count(b'/TD') > 100
+    assert b'CreationDate' not in plain or b'D:1970' in plain
+    assert b'/TD' not in kept and len(kept) < .7*len(plain), 'a tag for each cell, packed'
 
 
 @pytest.mark.parametrize('text', HOSTILE)
@@ -114,7 +119,7 @@ def test_a_wheel_holds_the_templates(tmp_path):
 def test_typst_is_pinned_and_no_browser_is_asked_for():
     wanted = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['dependencies']
     pinned = (ROOT/'constraints.txt').read_text()
-    for name in ('typst', 'markdown-it-py', 'bleach'): assert any(w.startswith(name) for w in wanted) and f'\n{name}==' in pinned, name
+    for name in ('typst', 'pikepdf', 'markdown-it-py', 'bleach'): assert any(w.startswith(name) for w in wanted) and f'\n{name}==' in pinned, name
     for path in (ROOT/'lts_nb').rglob('*.py'): assert 'chromium' not in path.read_text().lower(), path
 
 
@@ -258,6 +263,13 @@ def test_a_screen_reader_finds_its_way(soup):
 
 def test_every_file_is_light(made):
     assert [p for p in made.rglob('*') if p.is_file() and 'runs' not in p.parts and p.stat().st_size > 2_000_000] == []
+
+
+def test_the_committed_reports_are_light():
+    "A repository is cloned by people who read one page of it."
+    sizes = {p: p.stat().st_size for p in (ROOT/'reports').rglob('*') if p.is_file()}
+    assert sum(sizes.values()) < 25e6
+    assert [p for p, size in sizes.items() if size > (10e6 if p.name == 'evidence.parquet' else 2e6)] == []
 
 
 def test_latex_is_booktabs_with_spans_and_bold(made):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'NOTES', 'MOST_NOTES', 'Section', 'Document', 'template', 'printed', 'plain', 'frame_block', 'table_html',
            'table_lines', 'write_picture', 'settle', 'markdown_html', 'markdown_tree', 'note_sections', 'read_notes',
-           'form_digest', 'page_of', 'paper_of', 'write_document']
+           'form_digest', 'page_of', 'packed', 'paper_of', 'write_document']
 
 # %% ../../nbs/evidence/11_form.ipynb #9cbda978
 import base64, hashlib, io, json, tempfile
@@ -307,6 +307,17 @@ def _paper_line(line):
     named = ', '.join(text for text, _ in line.get('links', []))
     return dict(text=f"{line['text']} {named}".strip(), code=line.get('code', ''))
 
+# %% ../../nbs/evidence/11_form.ipynb #baec9559
+def packed(
+    pdf:bytes, # as typst writes it
+)->bytes:      # shorter; the same bytes for the same PDF
+    "A PDF whose small objects share compressed streams."
+    import pikepdf
+    out, together = io.BytesIO(), pikepdf.ObjectStreamMode.generate
+    with pikepdf.open(io.BytesIO(pdf)) as paper:
+        paper.save(out, object_stream_mode=together, deterministic_id=True)
+    return out.getvalue()
+
 # %% ../../nbs/evidence/11_form.ipynb #ba95e2c9
 def paper_of(
     document:Document, # settled: its pictures are written
@@ -314,9 +325,9 @@ def paper_of(
     format:str='pdf',  # or 'png': a list of pages, for looking at
 ):                     # bytes, the same for the same document
     "A document as PDF, typeset without a browser. KitError where that fails."
-    try: import typst
+    try: import pikepdf, typst
     except ImportError as e:
-        raise KitError('typst is not installed, which makes the PDF', mend='make setup') from e
+        raise KitError(f'{e.name} is not installed, which the PDF needs', mend='make setup') from e
     sections = []
     for s in document.sections:
         parts = [_paper_part(p) for p in s.parts if not p.get('screen')]
@@ -329,10 +340,11 @@ def paper_of(
             for s in document.sections: _lay_out(s.parts, Path(folder), Path(root))
             typesetter = typst.Compiler(root=root, font_paths=[str(fonts)],
                                         ignore_system_fonts=True, sys_inputs=dict(report=said))
-            return typesetter.compile(source, format=format, ppi=80, timestamp=0)
+            pages = typesetter.compile(source, format=format, ppi=80, timestamp=0)
     except typst.TypstError as e:
         mend = 'The page index.html is whole: print it from a browser'
         raise KitError(f'the PDF could not be typeset ({e.message})', 'report.typ', mend) from e
+    return packed(pages) if format == 'pdf' else pages
 
 # %% ../../nbs/evidence/11_form.ipynb #39c6fb94
 def write_document(
