@@ -66,7 +66,10 @@ def ended(running, limit):
             path, _ = running.pop(pid)
             # what it has left running
             stop(pid)
-            return path, '' if status == 0 else 'a cell failed' if os.WIFEXITED(status) else f'it was killed by signal {os.WTERMSIG(status)}'
+            if status == 0: wrong = ''
+            elif os.WIFEXITED(status): wrong = 'a cell failed'
+            else: wrong = f'it was killed by signal {os.WTERMSIG(status)}'
+            return path, wrong
         for pid, (path, began) in running.items():
             if time.monotonic() - began < limit: continue
             stop(pid), os.waitpid(pid, 0)

@@ -87,6 +87,10 @@ _deprecated = re.compile(
     r'<div class="[^"]*output_stderr[^"]*">\s*'
     rf'<pre>(?:{_line})+</pre>\s*</div>\s*</div>\n?')
 
+def _to_show(text):
+    "What a page shows of some HTML: what can do no harm, without the warnings above."
+    return _harmless.clean(_deprecated.sub('', text))
+
 def notebook_html(
     notebook,  # tidied
 )->str:        # a fragment: no head, no script, no style
@@ -102,8 +106,7 @@ def notebook_html(
     text = re.sub(r'<(thead|tbody)>.*?</\1>', _with_scopes, text, flags=re.DOTALL)
     # a page has one heading of the first level: the run's name
     text = re.sub(r'(</?h)([1-5])\b', lambda m: f'{m[1]}{int(m[2]) + 1}', text)
-    text = _deprecated.sub('', re.sub(r'\n{2,}', '\n', text))
-    return _harmless.clean(text.strip())
+    return _to_show(re.sub(r'\n{2,}', '\n', text)).strip()
 
 # %% ../../nbs/evidence/12_pages.ipynb #faf86e39
 def _makers():
@@ -154,8 +157,7 @@ def page_again(
     found = PAGE.search(text)
     if found is None: return None
     stamp, command, body = found.groups()
-    body = _harmless.clean(_deprecated.sub('', body))
-    return _laid_out(name, html.unescape(command), stamp, body)
+    return _laid_out(name, html.unescape(command), stamp, _to_show(body))
 
 # %% ../../nbs/evidence/12_pages.ipynb #a806c655
 def take_page(

@@ -31,9 +31,9 @@ from .forest import (NAMES, forest_plot, forest_text, method_intervals, methods_
 from .form import NOTES, Section, frame_block, plain
 from .looks import LOOKS, critical_t
 from .paper import record
-from .tables import (best_at_an_end, best_rates, costs_frame, finishes_of, known_energy, notes_of,
-                                    rates_grid, run_took, seg_grid_share, settings_frame,
-                                    table_blocks, thresholds_frame)
+from .tables import (best_at_an_end, best_rates, costs_frame, finishes_of,
+                                    known_energy, notes_of, rates_grid, run_took, seg_grid_share,
+                                    settings_frame, table_blocks, thresholds_frame)
 
 # %% ../../nbs/evidence/13_sections.ipynb #6ffd6bd3
 class Material(NamedTuple):
