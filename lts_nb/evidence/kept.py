@@ -44,6 +44,8 @@ def shrink(
         # how large the other object is; 0 where there is none
         mask, union = truth - out['missed'] + out['extra'], out.pop('other_u')
         out['other_n'] = np.where(union > 0, union - mask + out['other_i'], 0)
+        # what covers the other object is told already
+        out['astray'] = out.pop('extra') - out['other_i']
     back = grow(out)
     lost = back.keys() != arrays.keys() or any(not _same(back[k], a) for k, a in arrays.items())
     return dict(arrays) if lost else out
@@ -54,9 +56,10 @@ def grow(
 )->dict:          # as a run keeps them
     "Intersections and unions again."
     out = dict(arrays)
+    if {'astray', 'other_i'} <= set(out): out['extra'] = out.pop('astray') + out['other_i']
     if not {'truth_n', 'missed', 'extra'} <= set(out): return out
     truth, mask = out['truth_n'], out['truth_n'] - out['missed'] + out['extra']
-    for k in arrays:
+    for k in list(out):
         if k.split(' ')[-1] != 'missed': continue
         of = k.removesuffix('missed').strip()
         i, u = (f'{of}_i', f'{of}_u') if of else ('intersection', 'union')
@@ -101,7 +104,7 @@ def _sizes(places):
 # %% ../../nbs/evidence/15_kept.ipynb #32eecb3d
 def _answers(results):
     "Names of what a run answered; all else is a fact about its sentences."
-    names = {'intersection', 'union', 'missed', 'extra', 'hit', 'other_i', 'other_u'}
+    names = {'intersection', 'union', 'missed', 'extra', 'astray', 'hit', 'other_i', 'other_u'}
     for f in {f for r in results for f in r.get('finishes', {})}:
         names |= {f'{f}_i', f'{f}_u', f'{f} missed', f'{f} extra'}
     return names
@@ -152,13 +155,11 @@ def _column(parts, sizes):
 SHOWN, SIDE = 6, 4096  # examples that Figures 4 and 5 show; the longest side of a kept picture
 
 def picture_bytes(
-    array,     # (H, W, 3) uint8, a mask (H, W) bool, or a prior (H, W) float16
+    array,     # (H, W, 3) or (H, W) uint8, or a mask (H, W) bool
 )->bytes:      # a picture file
     "An array as a lossless picture."
     form = dict(format='PNG')
     if array.ndim == 3: form = dict(format='WEBP', lossless=True, exact=True, method=6)
-    # the bits of a half-precision number, as a grey value of 16 bits
-    if array.dtype == np.float16: array = array.view(np.uint16)
     f = io.BytesIO()
     PIL.Image.fromarray(array).save(f, **form)
     return f.getvalue()
@@ -169,12 +170,8 @@ def picture_array(
     "A kept picture as an array. ValueError for what is none of ours."
     with PIL.Image.open(io.BytesIO(content), formats=('PNG', 'WEBP')) as im:
         if max(im.size) > SIDE: raise ValueError(f'a picture of {im.width} × {im.height}')
-        if im.mode not in ('RGB', '1', 'I;16'): raise ValueError(f'a picture of mode {im.mode}')
-        array = np.array(im)
-    if array.dtype != np.uint16: return array
-    prior = array.astype(np.uint16).view(np.float16)
-    if not (prior >= 0).all() or prior.max() > 1: raise ValueError('a prior beyond 0 … 1')
-    return prior
+        if im.mode not in ('RGB', 'L', '1'): raise ValueError(f'a picture of mode {im.mode}')
+        return np.array(im)
 
 # %% ../../nbs/evidence/15_kept.ipynb #fd81ac1a
 def _figure_runs(results, dataset):
@@ -210,7 +207,9 @@ def _pictures(result, rows, sentences, shared):
             own |= {(row, f'{f} mask'): picture_bytes(m[k]['prediction'])
                     for f, m in masks.items()}
             if lts and e['prior'] is not None:
-                own[row, 'prior'] = picture_bytes(e['prior'].astype(np.float16))
+                # whole numbers of 255th parts, as `load_examples` has read them
+                grey = (e['prior']*255).round().astype(np.uint8)
+                own[row, 'prior'] = picture_bytes(grey)
     return own
 
 # %% ../../nbs/evidence/15_kept.ipynb #aca6fe65
@@ -238,7 +237,7 @@ def _own_columns(places, facts):
     return out
 
 # %% ../../nbs/evidence/15_kept.ipynb #04151b61
-FILE, FORMAT = 'evidence.parquet', 1
+FILE, FORMAT = 'evidence.parquet', 2
 _ids = 'sent_id', 'ref_id', 'image_id'
 _few = 'dataset', 'split', 'sentence', 'same', 'hit'
 
@@ -267,7 +266,12 @@ def _write_table(path, columns, note):
         number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
         if c not in few and c not in encoding and number: encoding[c] = 'BYTE_STREAM_SPLIT'
     table = pa.table(columns)
-    how = dict(compression='zstd', compression_level=19, use_dictionary=few,
+    # brotli packs planes of bytes tighter than zstd does, and takes five times as long
+    planes = {c for c, name in encoding.items() if name == 'BYTE_STREAM_SPLIT'}
+    codec = {c: ('brotli', 11) if c in planes else ('zstd', 19) for c in columns}
+    how = dict(compression={c: name for c, (name, _) in codec.items()},
+               compression_level={c: level for c, (_, level) in codec.items()},
+               use_dictionary=few,
                column_encoding=encoding, store_schema=False, write_statistics=False,
                write_page_checksum=True)
     with atomic_path(path) as tmp, pq.ParquetWriter(tmp, table.schema, **how) as file:
@@ -522,7 +526,7 @@ def _examples_of(evidence, run, kind):
         prior = own.get('prior', {})[k] if 'prior' in own else None
         e = dict(sent_id=ids[k], expression=said[k], image=picture_array(image[k]),
                  truth=picture_array(truth[k]), prediction=picture_array(own['mask'][k]),
-                 prior=None if prior is None else picture_array(prior))
+                 prior=None if prior is None else picture_array(prior)/255)
         found.append(e)
         for name in run['pictures']:
             finish = name.removesuffix(' mask')

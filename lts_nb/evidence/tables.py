@@ -54,6 +54,12 @@ def load_arrays(
     check_unpacked(path, 2**30)
     with np.load(path, allow_pickle=False) as z: return {k: z[k] for k in only or z}
 
+def _in_digits(value, digits):
+    "A number, or lists and dicts of numbers, in so many digits that count."
+    if isinstance(value, dict): return {k: _in_digits(v, digits) for k, v in value.items()}
+    if isinstance(value, list): return [_in_digits(v, digits) for v in value]
+    return float(f'{value:.{digits}g}') if isinstance(value, float) else value
+
 def _load(path):
     mend = f'Remove the folder {path.parent} and run lts reproduce again'
     try: result = json.loads(path.read_text(encoding='utf-8'))
@@ -61,7 +67,8 @@ def _load(path):
         raise KitError(f'the result cannot be read: {e}', path, mend) from e
     check_schema(result, SCHEMA, 'the result is not one of ours', path, mend)
     if 'config' in result: RunConfig.read(result['config'], path, mend)
-    return {**result, 'folder': path.parent}
+    curves = {k: _in_digits(result[k], 6) for k in ('history', 'thresholds') if k in result}
+    return {**result, **curves, 'folder': path.parent}
 
 # %% ../../nbs/evidence/03_tables.ipynb #5fcd0941
 MERGED = 'merged.json'  # stands in the folder of a run that was added from another report
