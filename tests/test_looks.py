@@ -275,13 +275,16 @@ def test_a_report_of_fixed_seeds_is_as_it_was(three, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     "`lts reproduce --until-decided` with runs that are made up instead of trained."
-    def bring_up(runs, wanted, seeds, out, root, cores, place, end):
+    asked = []
+    def bring_up(runs, wanted, seeds, out, root, cores, place, end, order):
+        asked.append(order)
         if end is not None and time.time() > end: return batch.Brought({}, [], None, True)
         for r in runs: scored_run(out, r)
         return batch.Brought(dict(preset='smoke', wanted={'tables': ['2']}), [], None, False)
     monkeypatch.setattr(until, 'bring_up', bring_up)
     monkeypatch.setattr(until, 'make_report', lambda *of: '')
     monkeypatch.setattr(until, 'say_where', lambda *of: None)
+    bring_up.orders = asked
     return bring_up
 
 
@@ -304,6 +307,41 @@ def test_hours_that_are_used_up_leave_the_verdicts(quick, three, tmp_path, capsy
     assert until.reproduce_until_decided('smoke', ['2'], hours=1e-9, out=out) == 0
     said = capsys.readouterr().out
     assert 'The hours are used up at look 2 (5 seeds)' in said and 'verdicts so far stand' in said
+
+
+def test_few_hours_go_where_they_decide_most(quick, three, tmp_path, capsys):
+    out = tmp_path/'out'
+    shutil.copytree(three, out)
+    until.reproduce_until_decided('smoke', ['2'], 5, hours=1, out=out)
+    look2 = quick.orders[0]
+    assert look2 and len(set(look2)) == len(look2) and not [run for run in look2 if run.startswith('blind')]
+    # without a limit all runs are done, and the longest go first
+    shutil.rmtree(out)
+    shutil.copytree(three, out)
+    quick.orders.clear()
+    until.reproduce_until_decided('smoke', ['2'], 5, out=out)
+    assert quick.orders and set(quick.orders) == {None}
+
+
+def made_up_look(*rows):
+    "Runs of some rows, one seed each, and how long they take."
+    todo = [run_config(row, 'refshapes', 'cpu', 5) for row, _ in rows]
+    return todo, {r.run: s for r, (_, s) in zip(todo, rows)}
+
+
+def test_the_claim_that_promises_most_for_its_time_comes_first():
+    behind = {('a', 'refshapes'): [('lts', 'refshapes'), ('lts-star', 'refshapes'), ('blind', 'refshapes')],
+              ('b', 'refshapes'): [('lts', 'refshapes'), ('fusion', 'refshapes'), ('blind', 'refshapes')],
+              ('c', 'refshapes'): [('lts-star', 'refshapes'), ('filter', 'refshapes')]}
+    todo, seconds = made_up_look(('lts', 60), ('lts-star', 400), ('fusion', 30), ('filter', 30), ('blind', 50))
+    def order(**hopes): return [run.split('-refshapes')[0] for run in until.promising({(k, 'refshapes'): v for k, v in hopes.items()}, behind, todo, seconds)]
+    # b has the same promise for a fifth of the time; then a lacks lts-star only, which makes c cheap
+    assert order(a=1., b=1., c=.5) == ['lts', 'fusion', 'lts-star', 'filter']
+    # eight times the promise is worth five times the time
+    assert order(a=8., b=1., c=.5) == ['lts', 'lts-star', 'fusion', 'filter']
+    assert order(b=.5) == ['lts', 'fusion'] and order() == []
+    # times that nobody knows are the usual one, and a row that is done costs nothing
+    assert until.promising({('b', 'refshapes'): 1., ('c', 'refshapes'): .1}, behind, todo[2:], dict.fromkeys(seconds)) == [todo[2].run, todo[3].run]
 
 
 def test_no_hours_at_all_are_not_endless(quick, tmp_path, capsys):

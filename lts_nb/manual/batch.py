@@ -593,13 +593,15 @@ def bring_up(
     cores=None,          # processors; None: all
     place:Place=Place(), # where runs are computed
     until:float=None,    # when to stop at the latest, as time.time() counts
+    order:list=None,     # names of runs to begin with; None: the longest
 )->Brought:
     "Bring runs up to date, and say which failed. Ctrl-C loses nothing."
     settled = settled_runs(runs, out, root)
     # long runs go first, so that no processor waits at the end for one of them
-    longest = {run: round(s or 0) for run, s in run_seconds(runs, out, root).items()}
+    first = {run: round(s or 0) for run, s in run_seconds(runs, out, root).items()}
+    if order is not None: first = {run: len(order) - k for k, run in enumerate(order)}
     the_plan = make_plan(runs, wanted, seeds, out, root) | place.plan
-    the_plan |= dict(settled=settled, seconds=longest)
+    the_plan |= dict(settled=settled, priority=first)
     write_text(out/'plan.json', json.dumps(the_plan, indent=1, sort_keys=True))
     cores = cores or place.cores or os.cpu_count() or 1
     before, begun = _written(out, runs), time.time()

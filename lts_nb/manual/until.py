@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['runs_behind', 'open_after', 'Look', 'judge', 'check_most', 'next_look', 'chances', 'describe_look', 'describe_looks',
-           'reproduce_until_decided', 'backbone_of', 'beyond']
+           'promising', 'reproduce_until_decided', 'backbone_of', 'beyond']
 
 # %% ../../nbs/manual/08_until.ipynb #fdec48b9
 import filecmp, json, os, shutil, time
@@ -185,6 +185,30 @@ def describe_looks(
     if look.claims is not None: lines.append(f'So far: {tally(look.claims)}.')
     return '\n'.join(lines)
 
+# %% ../../nbs/manual/08_until.ipynb #4031ca96
+def promising(
+    hopes:dict,   # {(claim, data set): how many verdicts its next look may bring}
+    behind:dict,  # from `runs_behind`
+    todo:list,    # configurations of runs
+    seconds:dict, # {run: how long it takes, or None where nobody knows}
+)->list:          # names of runs, those to begin with first; runs that decide nothing are left out
+    "The order in which runs bring most verdicts for their time."
+    known = [s for s in seconds.values() if s]
+    usual = sum(known)/len(known) if known else 1.
+    runs_of, order, hopes = {}, [], dict(hopes)
+    for r in todo: runs_of.setdefault((r.experiment, r.dataset), []).append(r.run)
+    def lacking(claim):
+        # a control is its own control
+        rows = [place for place in behind[claim] if place[0] != blind_of(place[0])]
+        return [run for place in rows for run in runs_of.get(place, []) if run not in order]
+    def worth(claim):
+        return hopes[claim]/max(sum(seconds.get(run) or usual for run in lacking(claim)), 1e-9)
+    while hopes:
+        best = max(hopes, key=worth)
+        order += lacking(best)
+        del hopes[best]
+    return order
+
 # %% ../../nbs/manual/08_until.ipynb #ad2d299d
 def _end(look, made):
     "What is left, in a sentence; empty where nothing is."
@@ -196,6 +220,13 @@ def _end(look, made):
     return f'{_of(left, "claim")} stayed open.' if left else ''
 
 # %% ../../nbs/manual/08_until.ipynb #53aa1a39
+def _by_promise(look, preset, wanted, out, root):
+    "Runs in the order of what they promise; None where nothing is known or left to do."
+    if look.number == 1 or not look.todo: return None
+    hopes = chances(look).groupby(['claim', 'dataset']).chance.sum().to_dict()
+    seconds = run_seconds(look.todo, out, root)
+    return promising(hopes, runs_behind(preset, wanted), look.todo, seconds)
+
 def _look_by_look(preset, wanted, most, pretrain, out, root, cores, place, until):
     "Bring look after look up to date: the last look, what came of it, and names that failed."
     failed, before = [], None
@@ -205,7 +236,9 @@ def _look_by_look(preset, wanted, most, pretrain, out, root, cores, place, until
         # what has failed once is not tried again at every look
         able = [r for r in look.runs if r.run not in failed]
         if not able: return look, made, failed
-        made = bring_up(able, wanted, LOOKS[look.number - 1], out, root, cores, place, until)
+        order = None if until is None else _by_promise(look, preset, wanted, out, root)
+        made = bring_up(able, wanted, LOOKS[look.number - 1], out, root, cores, place, until,
+                        order)
         failed = sorted({*failed, *made.failed})
         names = {r.run for r in look.todo}
         if made.shared or made.late or not names or names == before: return look, made, failed
