@@ -16,7 +16,7 @@ from bs4 import BeautifulSoup
 
 from conftest import ROOT
 from lts_nb.errors import KitError
-from lts_nb.evidence import form, pages, report
+from lts_nb.evidence import form, kept, pages, report
 from lts_nb.evidence.experiments import run_config
 from lts_nb.evidence.form import Document, Section, frame_block
 from test_docs import ask  # a headless Chromium, where there is one
@@ -270,6 +270,12 @@ def test_the_committed_reports_are_light():
     sizes = {p: p.stat().st_size for p in (ROOT/'reports').rglob('*') if p.is_file()}
     assert sum(sizes.values()) < 25e6
     assert [p for p, size in sizes.items() if size > (10e6 if p.name == 'evidence.parquet' else 2e6)] == []
+
+
+def test_the_committed_evidence_can_be_read():
+    "Code that writes another form of evidence comes with evidence of that form."
+    files = sorted((ROOT/'reports').rglob('evidence.parquet'))
+    assert files and all(kept.read_evidence(f).note['runs'] for f in files)
 
 
 def test_latex_is_booktabs_with_spans_and_bold(made):

@@ -315,6 +315,12 @@ def test_few_hours_go_where_they_decide_most(quick, three, tmp_path, capsys):
     until.reproduce_until_decided('smoke', ['2'], 5, hours=1, out=out)
     look2 = quick.orders[0]
     assert look2 and len(set(look2)) == len(look2) and not [run for run in look2 if run.startswith('blind')]
+    # at the first look all claims promise the same, and no control decides one
+    shutil.rmtree(out)
+    quick.orders.clear()
+    until.reproduce_until_decided('smoke', ['2'], 3, hours=1, out=out)
+    first = quick.orders[0]
+    assert first and not [run for run in first if run.startswith('blind')]
     # without a limit all runs are done, and the longest go first
     shutil.rmtree(out)
     shutil.copytree(three, out)
@@ -439,3 +445,17 @@ def test_what_beyond_cannot_do_is_a_sentence():
     with pytest.raises(KitError, match='published'): until.beyond('paper')
     with pytest.raises(KitError, match='cannot differ from itself'): until.beyond('smoke', data=[4])
     with pytest.raises(KitError, match='Nearest: L_loc helps'): until.beyond_runs('smoke', 0, 1, 1, ['L_loc help'])
+
+
+def test_runs_that_were_asked_for_come_before_the_longest(tmp_path, monkeypatch):
+    runs = runs_for('smoke', ['4'])
+    monkeypatch.setattr(batch, '_snakemake', lambda *of: None)
+    monkeypatch.setattr(batch, '_say_failures', lambda *of: None)
+    monkeypatch.setattr(batch, 'run_seconds', lambda runs, *of: {r.run: 1000.*(k + 1) for k, r in enumerate(runs)})
+    def queue(order):
+        batch.bring_up(runs, ['4'], 1, tmp_path, tmp_path/'data', 2, order=order)
+        priority = json.loads((tmp_path/'plan.json').read_text())['priority']
+        return sorted(priority, key=priority.get, reverse=True)
+    names = [r.run for r in runs]
+    assert queue(None) == queue([]) == names[::-1], 'the longest first'
+    assert queue(names[:2]) == [*names[:2], *names[:1:-1]], 'those that were asked for, then the longest'

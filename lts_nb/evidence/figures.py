@@ -21,14 +21,14 @@ from .tables import load_arrays
 def shades(
     prior,       # (H, W), 0 … 1
 )->np.ndarray:   # (H, W): k/255 with whole k
-    """A prior as it is drawn: in shares of its largest value, which the first pixel that has it
-    keeps for itself, so that the prior still points where it did."""
-    prior = np.asarray(prior, float)
+    """A prior in the 256 steps in which it is drawn, from 0 to its largest value. Only the first
+    pixel that has this value gets the last step, so the maximum stays where it was."""
+    prior = np.nan_to_num(np.asarray(prior, float)).clip(0)
     most = prior.max(initial=0)
     if most <= 0: return np.zeros_like(prior)
-    k = np.minimum((prior/most*255).round(), 254)
-    k.flat[prior.argmax()] = 255
-    return k/255
+    steps = np.minimum((prior/most*255).round(), 254)
+    steps.flat[prior.argmax()] = 255
+    return steps/255
 
 def load_examples(
     folder,              # a run's folder

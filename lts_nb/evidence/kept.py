@@ -56,7 +56,9 @@ def grow(
 )->dict:          # as a run keeps them
     "Intersections and unions again."
     out = dict(arrays)
-    if {'astray', 'other_i'} <= set(out): out['extra'] = out.pop('astray') + out['other_i']
+    # a run may keep an array of the name `astray`; `shrink` leaves no union beside its own
+    if {'astray', 'other_n'} <= set(out) and 'union' not in out:
+        out['extra'] = out.pop('astray') + out['other_i']
     if not {'truth_n', 'missed', 'extra'} <= set(out): return out
     truth, mask = out['truth_n'], out['truth_n'] - out['missed'] + out['extra']
     for k in list(out):
@@ -166,11 +168,12 @@ def picture_bytes(
 
 def picture_array(
     content:bytes, # from `picture_bytes`
+    mode:str,      # 'RGB' for a picture, '1' for a mask, 'L' for a prior
 )->np.ndarray:     # the array
     "A kept picture as an array. ValueError for what is none of ours."
     with PIL.Image.open(io.BytesIO(content), formats=('PNG', 'WEBP')) as im:
         if max(im.size) > SIDE: raise ValueError(f'a picture of {im.width} × {im.height}')
-        if im.mode not in ('RGB', 'L', '1'): raise ValueError(f'a picture of mode {im.mode}')
+        if im.mode != mode: raise ValueError(f'a picture of mode {im.mode}, not {mode}')
         return np.array(im)
 
 # %% ../../nbs/evidence/15_kept.ipynb #fd81ac1a
@@ -266,12 +269,8 @@ def _write_table(path, columns, note):
         number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
         if c not in few and c not in encoding and number: encoding[c] = 'BYTE_STREAM_SPLIT'
     table = pa.table(columns)
-    # brotli packs planes of bytes tighter than zstd does, and takes five times as long
-    planes = {c for c, name in encoding.items() if name == 'BYTE_STREAM_SPLIT'}
-    codec = {c: ('brotli', 11) if c in planes else ('zstd', 19) for c in columns}
-    how = dict(compression={c: name for c, (name, _) in codec.items()},
-               compression_level={c: level for c, (_, level) in codec.items()},
-               use_dictionary=few,
+    # brotli packs tighter than zstd does, and takes three times as long
+    how = dict(compression='brotli', compression_level=11, use_dictionary=few,
                column_encoding=encoding, store_schema=False, write_statistics=False,
                write_page_checksum=True)
     with atomic_path(path) as tmp, pq.ParquetWriter(tmp, table.schema, **how) as file:
@@ -524,14 +523,15 @@ def _examples_of(evidence, run, kind):
     rows = [k for k in range(n) if own[kind][k] is not None]
     for k in sorted(rows, key=own[kind].__getitem__):
         prior = own.get('prior', {})[k] if 'prior' in own else None
-        e = dict(sent_id=ids[k], expression=said[k], image=picture_array(image[k]),
-                 truth=picture_array(truth[k]), prediction=picture_array(own['mask'][k]),
-                 prior=None if prior is None else picture_array(prior)/255)
+        e = dict(sent_id=ids[k], expression=said[k], image=picture_array(image[k], 'RGB'),
+                 truth=picture_array(truth[k], '1'),
+                 prediction=picture_array(own['mask'][k], '1'),
+                 prior=None if prior is None else picture_array(prior, 'L')/255)
         found.append(e)
         for name in run['pictures']:
             finish = name.removesuffix(' mask')
             if finish == name or own[name][k] is None: continue
-            others[finish, ids[k]] = picture_array(own[name][k])
+            others[finish, ids[k]] = picture_array(own[name][k], '1')
     return found, others if kind == 'example' else {}
 
 # %% ../../nbs/evidence/15_kept.ipynb #40143fe8

@@ -174,7 +174,8 @@ def _land(r, out, edited, despite, source):
             # a link could lead anywhere
             if file.is_symlink() or not file.is_file(): continue
             with atomic_path(folder/name) as tmp: shutil.copyfile(file, tmp)
-        result = {k: v for k, v in r.items() if k != 'folder'}
+        # in all its digits, and not as a report reads it
+        result = json.loads((r['folder']/'result.json').read_text(encoding='utf-8'))
         if edited:
             accepted = [*result['code'].get('accepted', []), dict(why=despite, modules=edited)]
             result['code'] = result['code'] | dict(accepted=accepted)

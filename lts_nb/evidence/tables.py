@@ -55,7 +55,7 @@ def load_arrays(
     with np.load(path, allow_pickle=False) as z: return {k: z[k] for k in only or z}
 
 def _in_digits(value, digits):
-    "A number, or lists and dicts of numbers, in so many digits that count."
+    "A number, or lists and dicts of numbers, rounded to so many significant digits."
     if isinstance(value, dict): return {k: _in_digits(v, digits) for k, v in value.items()}
     if isinstance(value, list): return [_in_digits(v, digits) for v in value]
     return float(f'{value:.{digits}g}') if isinstance(value, float) else value
@@ -67,7 +67,7 @@ def _load(path):
         raise KitError(f'the result cannot be read: {e}', path, mend) from e
     check_schema(result, SCHEMA, 'the result is not one of ours', path, mend)
     if 'config' in result: RunConfig.read(result['config'], path, mend)
-    curves = {k: _in_digits(result[k], 6) for k in ('history', 'thresholds') if k in result}
+    curves = {k: _in_digits(result[k], 5) for k in ('history', 'thresholds') if k in result}
     return {**result, **curves, 'folder': path.parent}
 
 # %% ../../nbs/evidence/03_tables.ipynb #5fcd0941

@@ -598,10 +598,12 @@ def bring_up(
     "Bring runs up to date, and say which failed. Ctrl-C loses nothing."
     settled = settled_runs(runs, out, root)
     # long runs go first, so that no processor waits at the end for one of them
-    first = {run: round(s or 0) for run, s in run_seconds(runs, out, root).items()}
-    if order is not None: first = {run: len(order) - k for k, run in enumerate(order)}
+    priority = {run: round(s or 0) for run, s in run_seconds(runs, out, root).items()}
+    # before them those that were asked for
+    most = max(priority.values(), default=0)
+    for k, run in enumerate(reversed(order or [])): priority[run] = most + 1 + k
     the_plan = make_plan(runs, wanted, seeds, out, root) | place.plan
-    the_plan |= dict(settled=settled, priority=first)
+    the_plan |= dict(settled=settled, priority=priority)
     write_text(out/'plan.json', json.dumps(the_plan, indent=1, sort_keys=True))
     cores = cores or place.cores or os.cpu_count() or 1
     before, begun = _written(out, runs), time.time()

@@ -63,7 +63,8 @@ UntilDecided = Annotated[bool, typer.Option(
 MaxSeeds = Annotated[Optional[int], typer.Option(
     min=1, help='With --until-decided: the most seeds of a row; 34 where not given.')]
 Hours = Annotated[Optional[float], typer.Option(
-    min=0, help='With --until-decided: stop after so many hours; the verdicts so far stand.')]
+    min=0, help='With --until-decided: stop after so many hours; what promises most verdicts '
+                'for its time comes first.')]
 
 # %% ../../nbs/manual/09_cli.ipynb #71606e02
 def _cells(table, method, all_cells):

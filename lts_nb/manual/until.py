@@ -152,8 +152,9 @@ def describe_look(
     gpu = preset_of(preset)['compute']['device'] != 'cpu'
     of = ''
     if look.number > 1:
-        still = open_after(look.claims, look.number - 1)
-        of = f'{len(still)} of {_of(len(look.claims), "claim")} open, '
+        # in a look that is half done, some of its claims are decided already
+        still = open_after(look.claims, look.number - 1).verdict == 'inconclusive'
+        of = f'{still.sum()} of {_of(len(look.claims), "claim")} open, '
     runs = _of(len(look.todo), 'run')
     return f'{place}: {of}{runs} to do; {time_left(took, preset, cores, gpu)}.'
 
@@ -195,13 +196,15 @@ def promising(
     "The order in which runs bring most verdicts for their time."
     known = [s for s in seconds.values() if s]
     usual = sum(known)/len(known) if known else 1.
-    runs_of, order, hopes = {}, [], dict(hopes)
+    runs_of = {}
     for r in todo: runs_of.setdefault((r.experiment, r.dataset), []).append(r.run)
+    order, hopes = [], dict(hopes)
     def lacking(claim):
         # a control is its own control
-        rows = [place for place in behind[claim] if place[0] != blind_of(place[0])]
-        return [run for place in rows for run in runs_of.get(place, []) if run not in order]
+        deciding = [place for place in behind[claim] if place[0] != blind_of(place[0])]
+        return [run for place in deciding for run in runs_of.get(place, []) if run not in order]
     def worth(claim):
+        # a claim that lacks no run costs nothing
         return hopes[claim]/max(sum(seconds.get(run) or usual for run in lacking(claim)), 1e-9)
     while hopes:
         best = max(hopes, key=worth)
@@ -221,11 +224,15 @@ def _end(look, made):
 
 # %% ../../nbs/manual/08_until.ipynb #53aa1a39
 def _by_promise(look, preset, wanted, out, root):
-    "Runs in the order of what they promise; None where nothing is known or left to do."
-    if look.number == 1 or not look.todo: return None
-    hopes = chances(look).groupby(['claim', 'dataset']).chance.sum().to_dict()
+    "Runs in the order of what they promise; None where nothing is left to do."
+    if not look.todo: return None
+    behind = runs_behind(preset, wanted)
+    # before the first look every claim promises the same
+    hopes = dict.fromkeys(behind, 1.)
+    if look.number > 1:
+        hopes = chances(look).groupby(['claim', 'dataset']).chance.sum().to_dict()
     seconds = run_seconds(look.todo, out, root)
-    return promising(hopes, runs_behind(preset, wanted), look.todo, seconds)
+    return promising(hopes, behind, look.todo, seconds)
 
 def _look_by_look(preset, wanted, most, pretrain, out, root, cores, place, until):
     "Bring look after look up to date: the last look, what came of it, and names that failed."
