@@ -45,6 +45,7 @@ SCHEMA = _object(('run', 'experiment', 'dataset', 'preset', 'seed', 'metrics'),
     parts=_each(_each(_number)), things=_object(file=_text, sha256=_text, note=_text),
     choices=_each(_each(_each(_number))))
 
+# %% ../../nbs/evidence/03_tables.ipynb #52a68edc
 def load_arrays(
     path,      # .npz of a run, perhaps a stranger's
     only=None, # names; None: all

@@ -584,6 +584,7 @@ def _written(out, runs):
     files = {r.run: out/'runs'/r.run/'result.json' for r in runs}
     return {run: f.stat().st_mtime_ns for run, f in files.items() if f.exists()}
 
+# %% ../../nbs/manual/03_batch.ipynb #b2638f1b
 def bring_up(
     runs:list,           # configurations
     wanted,              # Cells, table numbers, or None: what they are for
