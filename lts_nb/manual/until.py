@@ -117,14 +117,19 @@ def next_look(
     return Look(number, list(runs.values()), todo, claims, effects)
 
 # %% ../../nbs/manual/08_until.ipynb #0cd9528f
+def _still_open(look):
+    "The claims that the last look left open, and that the seeds since then have not decided."
+    # before the first look nothing is open, because nothing was looked at
+    if look.number == 1: return look.claims[:0]
+    still = open_after(look.claims, look.number - 1)
+    return still[still.verdict == 'inconclusive']
+
 def chances(
     look:Look,       # from `next_look`
 )->pd.DataFrame:     # its open claims with a column `chance`, 0 to 1
     "How likely the next look decides each claim that the last one left open."
     if look.claims is None: return pd.DataFrame(columns=['claim', 'chance'])
-    # before the first look nothing is open, because nothing was looked at
-    still = open_after(look.claims, look.number - 1) if look.number > 1 else look.claims[:0]
-    still = still[still.verdict == 'inconclusive']
+    still = _still_open(look)
     tests = {c.claim: c.test for c in CLAIMS}
     out = []
     for c in still.itertuples():
@@ -152,9 +157,7 @@ def describe_look(
     gpu = preset_of(preset)['compute']['device'] != 'cpu'
     of = ''
     if look.number > 1:
-        # in a look that is half done, some of its claims are decided already
-        still = open_after(look.claims, look.number - 1).verdict == 'inconclusive'
-        of = f'{still.sum()} of {_of(len(look.claims), "claim")} open, '
+        of = f'{len(_still_open(look))} of {_of(len(look.claims), "claim")} open, '
     runs = _of(len(look.todo), 'run')
     return f'{place}: {of}{runs} to do; {time_left(took, preset, cores, gpu)}.'
 
