@@ -1,6 +1,7 @@
 "Programs as copies of a warm process: what they get, how they end, and that a run's bytes stay the same."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,3 +172,39 @@ def test_a_killed_server_leaves_no_copy_behind(program):
         warm.stop()
         # the other tests have a server of their own
         if before: os.environ[ADDRESS] = before
+
+
+def test_after_an_edit_the_new_code_runs_and_signs(program, tmp_path, monkeypatch):
+    "A copy would compute with the old code, and say that it was the new one."
+    shutil.copytree(ROOT/'lts_nb', tmp_path/'kit'/'lts_nb', ignore=shutil.ignore_patterns('__pycache__'))
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path/'kit'))
+    monkeypatch.delenv(ADDRESS, raising=False)
+    monkeypatch.chdir(tmp_path/'kit')
+    warm = Warm()
+    warm.start(about='of a test')
+    says = ('import os\nfrom lts_nb import errors\nfrom lts_nb.evidence.experiments import module_hashes\n'
+            'print(getattr(errors, "MARK", 1), module_hashes("errors")["errors"], os.getppid())')
+    def said(): return program(says, PYTHONPATH=str(tmp_path/'kit')).communicate()[0].split()
+    try:
+        mark, old, parent = said()
+        assert (mark, parent) == ('1', str(warm.process.pid))
+        with open(tmp_path/'kit'/'lts_nb'/'errors.py', 'a') as f: f.write('\nMARK = 2\n')
+        mark, new, parent = said()
+        assert (mark, parent) == ('2', str(os.getpid())) and new != old
+    finally: warm.stop()
+
+
+def test_a_server_that_still_imports_is_ended_at_once(monkeypatch):
+    monkeypatch.delenv(ADDRESS, raising=False)
+    warm = Warm()
+    warm.start(about='of a test')
+    began, pid = time.time(), warm.process.pid
+    warm.stop()
+    assert time.time() - began < 4 and gone(pid) and not warm.folder.exists()
+
+
+def test_pictures_go_where_the_caller_says(warm, program):
+    "Matplotlib reads its backend once, and the server has imported it."
+    source = 'import matplotlib\nprint(matplotlib.rcParams["backend"].lower())'
+    assert program(source).communicate()[0] == 'agg\n'
+    assert program(source, MPLBACKEND='svg').communicate()[0] == 'svg\n'

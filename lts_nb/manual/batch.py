@@ -27,6 +27,7 @@ from ..evidence.tables import MERGED, run_took
 from ..evidence.experiments import method_hashes, module_closure, module_hashes
 from ..evidence.experiments import other_code, preset_of, run_modules, runs_for
 from .throughput import Energy, estimate, keep_energy, known_rates
+from .warm import Warm
 from ..training.opening import ensure_data, shared_backbone
 
 # %% ../../nbs/manual/03_batch.ipynb #08757bc3
@@ -595,6 +596,7 @@ def bring_up(
     place:Place=Place(), # where runs are computed
     until:float=None,    # when to stop at the latest, as time.time() counts
     order:list=None,     # names of runs to begin with; None: the longest
+    warm:Warm=None,      # started where something is to be done here; None: runs start cold
 )->Brought:
     "Bring runs up to date, and say which failed. Ctrl-C loses nothing."
     settled = settled_runs(runs, out, root)
@@ -606,12 +608,15 @@ def bring_up(
     the_plan = make_plan(runs, wanted, seeds, out, root) | place.plan
     the_plan |= dict(settled=settled, priority=priority)
     write_text(out/'plan.json', json.dumps(the_plan, indent=1, sort_keys=True))
+    todo = [r.run for r in runs if r.run not in settled]
+    # a cluster's jobs have machines of their own
+    if warm and todo and not place.cluster: warm.start(the_plan['threads'], str(out))
     cores = cores or place.cores or os.cpu_count() or 1
     before, begun = _written(out, runs), time.time()
     try: _snakemake(out, the_plan, runs, cores, place, until)
     except TimeIsUp: return Brought(the_plan, [], None, True)
     # a stale run keeps its old result until its job begins, so a file that is there proves nothing
-    after, todo = _written(out, runs), [r.run for r in runs if r.run not in settled]
+    after = _written(out, runs)
     failed = [run for run in todo if after.get(run) == before.get(run)]
     shared = _shared_failure(out, the_plan) if failed else None
     write_text(out/'failed.json', json.dumps(failed))
@@ -637,8 +642,9 @@ def reproduce(
     lock = open_folder(out)
     try:
         if place.before: place.before(out)
-        made = bring_up(runs, wanted, seeds, out, root, cores, place)
-        said = '' if made.shared else make_report(out, made.plan, made.failed)
+        with Warm() as warm:
+            made = bring_up(runs, wanted, seeds, out, root, cores, place, warm=warm)
+            said = '' if made.shared else make_report(out, made.plan, made.failed)
     finally: lock.release()
     if said: print(said)
     if not made.shared: say_where(out, preset)
@@ -672,7 +678,7 @@ def make_report(
     out, stamp = Path(out), Path(out)/'report.json'
     key = _report_key(plan, out, failed)
     if (out/'index.html').exists() and _read_json(stamp) == key: return ''
-    command = [sys.executable, '-m', 'papermill', str(KIT/'nbs'/'runs'/'report.ipynb'),
+    command = [sys.executable, '-m', 'lts_nb.manual.warm', 'papermill', str(KIT/'nbs'/'runs'/'report.ipynb'),
                str(out/'report.ipynb'), '--cwd', str(KIT/'nbs'/'runs'), '-k', 'python3',
                '--no-progress-bar', '-p', 'out', str(out), '-p', 'preset', plan['preset'], '-y',
                json.dumps(dict(wanted=plan['wanted'], failed=list(failed)))]

@@ -22,6 +22,7 @@ from ..evidence.tables import load_results, write_csv
 from .batch import (Place, bring_up, check_inputs, default_out, default_root,
                                  make_report, open_folder, run_seconds, run_state, say_where,
                                  time_left)
+from .warm import Warm
 from ..training.config import BackboneConfig, PretrainConfig
 from ..training.opening import ensure_backbone, ensure_data, shared_backbone
 
@@ -237,7 +238,7 @@ def _by_promise(look, preset, wanted, out, root):
     seconds = run_seconds(look.todo, out, root)
     return promising(hopes, behind, look.todo, seconds)
 
-def _look_by_look(preset, wanted, most, pretrain, out, root, cores, place, until):
+def _look_by_look(preset, wanted, most, pretrain, out, root, cores, place, until, warm):
     "Bring look after look up to date: the last look, what came of it, and names that failed."
     failed, before = [], None
     while True:
@@ -248,7 +249,7 @@ def _look_by_look(preset, wanted, most, pretrain, out, root, cores, place, until
         if not able: return look, made, failed
         order = None if until is None else _by_promise(look, preset, wanted, out, root)
         made = bring_up(able, wanted, LOOKS[look.number - 1], out, root, cores, place, until,
-                        order)
+                        order, warm)
         failed = sorted({*failed, *made.failed})
         names = {r.run for r in look.todo}
         if made.shared or made.late or not names or names == before: return look, made, failed
@@ -276,9 +277,10 @@ def reproduce_until_decided(
     try:
         if place.before: place.before(out)
         write_text(out/'looks.json', json.dumps(dict(looks=LOOKS, most=most)))
-        look, made, failed = _look_by_look(preset, wanted, most, pretrain, out, root, cores, place,
-                                           until)
-        said = '' if made.shared else make_report(out, made.plan, failed)
+        with Warm() as warm:
+            look, made, failed = _look_by_look(preset, wanted, most, pretrain, out, root, cores,
+                                               place, until, warm)
+            said = '' if made.shared else make_report(out, made.plan, failed)
     finally: lock.release()
     for line in filter(None, [said, '' if made.shared else _end(look, made)]): print(line)
     if not made.shared: say_where(out, preset)
@@ -339,6 +341,7 @@ def beyond(
     out = Path(out or default_out(preset)/'beyond').resolve()
     root = Path(root or default_root(preset)).resolve()
     cells, failed, lock = [(b, d) for b in backbones for d in data], [], open_folder(out)
+    warm = Warm()
     try:
         files = {b: backbone_of(preset, b, out, root) for b in backbones}
         for b, d in cells:
@@ -348,10 +351,12 @@ def beyond(
             folder = out/f'b{b}-d{d}'
             folder.mkdir(exist_ok=True)
             print(f'Backbone {b}, data {d}: {_of(len(runs), "run")}', flush=True)
-            failed += bring_up(runs, None, seeds, folder, beside, cores, place).failed
+            failed += bring_up(runs, None, seeds, folder, beside, cores, place, warm=warm).failed
         if failed: raise KitError(f'{_of(len(failed), "run")} failed', out, _again)
         frame, runs = beyond_frame(out, preset, cells, names)
         write_csv(out/'beyond.csv', frame)
         write_csv(out/'beyond_runs.csv', runs)
-    finally: lock.release()
+    finally:
+        warm.stop()
+        lock.release()
     return frame
