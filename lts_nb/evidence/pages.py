@@ -7,12 +7,12 @@ __all__ = ['PAGE', 'tidied', 'notebook_html', 'run_page', 'page_again', 'take_pa
 
 # %% ../../nbs/evidence/12_pages.ipynb #7a3992f8
 import base64, hashlib, html, io, re
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
-import bleach, nbformat
+import nbformat
 from bleach.sanitizer import Cleaner
 from PIL import Image
-from traitlets.config import Config
 from ..errors import KitError, write_text
 from .experiments import module_hashes
 from .form import plain, printed, template
@@ -53,8 +53,6 @@ _attributes = {'*': ['class', 'id'], 'a': ['href', 'title'], 'img': ['src', 'alt
                'td': ['colspan', 'rowspan'], 'th': ['colspan', 'rowspan', 'scope']}
 _drawn = 'A picture that the cell above drew; its numbers stand in the text around it'
 
-def _clean(text): return bleach.clean(text, tags=_tags, attributes=_attributes)
-
 def _shown_only(tag, name, value):
     "May a page have this attribute? Its pictures are its own."
     if name == 'src': return tag == 'img' and value.startswith('data:image/')
@@ -91,15 +89,18 @@ def _to_show(text):
     "What a page shows of some HTML: what can do no harm, without the warnings above."
     return _harmless.clean(_deprecated.sub('', text))
 
+@cache
+def _exporter():
+    "What lays out every notebook; its templates are compiled once."
+    from nbconvert import HTMLExporter
+    # it could clean each output by itself; `_to_show` cleans the whole page
+    return HTMLExporter(template_name='basic', sanitize_html=False)
+
 def notebook_html(
     notebook,  # tidied
 )->str:        # a fragment: no head, no script, no style
     "An executed notebook as HTML that does nothing."
-    from nbconvert import HTMLExporter
-    allowed = Config(SanitizeHTML=dict(tags=_tags, attributes=_attributes, styles=[]))
-    exporter = HTMLExporter(config=allowed, template_name='basic', sanitize_html=True)
-    exporter.register_filter('clean_html', _clean)
-    text, _ = exporter.from_notebook_node(notebook)
+    text, _ = _exporter().from_notebook_node(notebook)
     text = re.sub(r'data:image/png;base64,([A-Za-z0-9+/=\s]+)', _as_webp, text)
     text = text.replace('No description has been provided for this image', _drawn)
     text = re.sub(r'<a class="anchor-link".*?</a>', '', text)
