@@ -137,6 +137,14 @@ def test_a_stale_run_that_was_never_begun_has_failed(made, monkeypatch, capsys):
     assert brought.failed == [VICTIM] and batch.failed_runs(out) == [VICTIM]
     said = capsys.readouterr().out
     assert f'FAILED {VICTIM}: it did not begin' in said and 'snakemake.log' in said
+    # it began, and ended before its notebook was written: the old notebook does not tell why
+    def ends_early(*_):
+        (out/'runs'/VICTIM/'log.txt').write_text('one line\nthe slots belong to somebody else')
+        return 1
+    monkeypatch.setattr(batch, '_snakemake', ends_early)
+    batch.bring_up(runs_for('smoke', [TABLE]), [TABLE], 1, out, made.root, 2)
+    said = capsys.readouterr().out
+    assert f'FAILED {VICTIM}: the slots belong to somebody else' in said and f'{VICTIM}/log.txt' in said
 
 
 def test_a_report_is_made_anew_where_anything_that_it_shows_has_changed(made):

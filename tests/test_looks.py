@@ -276,8 +276,9 @@ def test_a_report_of_fixed_seeds_is_as_it_was(three, tmp_path):
 def quick(monkeypatch):
     "`lts reproduce --until-decided` with runs that are made up instead of trained."
     asked = []
-    def bring_up(runs, wanted, seeds, out, root, cores, place, end, order):
+    def bring_up(runs, wanted, seeds, out, root, cores, place, end, order, warm):
         asked.append(order)
+        assert warm is not None, 'runs would start cold'
         if end is not None and time.time() > end: return batch.Brought({}, [], None, True)
         for r in runs: scored_run(out, r)
         return batch.Brought(dict(preset='smoke', wanted={'tables': ['2']}), [], None, False)
@@ -413,7 +414,7 @@ def test_variance_split_finds_what_was_put_in():
 def test_beyond_goes_through_the_grid(monkeypatch, tmp_path, capsys):
     "Two backbones, two data sets, two seeds, with runs that are made up: one effect depends on the backbone, one on nothing."
     made = []
-    def bring_up(runs, wanted, seeds, out, root, cores, place):
+    def bring_up(runs, wanted, seeds, out, root, cores, place, warm):
         made.append((out.name, root.name, sorted(p.name for p in (root/'backbones').iterdir())))
         for r in runs:
             b = int(r.preset.partition('-b')[2][0])
@@ -449,7 +450,7 @@ def test_what_beyond_cannot_do_is_a_sentence():
 
 def test_runs_that_were_asked_for_come_before_the_longest(tmp_path, monkeypatch):
     runs = runs_for('smoke', ['4'])
-    monkeypatch.setattr(batch, '_snakemake', lambda *of: None)
+    monkeypatch.setattr(batch, '_snakemake', lambda *of: 0)
     monkeypatch.setattr(batch, '_say_failures', lambda *of: None)
     monkeypatch.setattr(batch, 'run_seconds', lambda runs, *of: {r.run: 1000.*(k + 1) for k, r in enumerate(runs)})
     def queue(order):
@@ -459,3 +460,25 @@ def test_runs_that_were_asked_for_come_before_the_longest(tmp_path, monkeypatch)
     names = [r.run for r in runs]
     assert queue(None) == queue([]) == names[::-1], 'the longest first'
     assert queue(names[:2]) == [*names[:2], *names[:1:-1]], 'those that were asked for, then the longest'
+
+
+def test_what_outlived_snakemake_does_not_go_on_beside_the_report(tmp_path, monkeypatch):
+    runs, said = runs_for('smoke', ['4']), []
+    warm = SimpleNamespace(start=lambda *of: said.append('start'), stop=lambda: said.append('stop'))
+    monkeypatch.setattr(batch, '_say_failures', lambda *of: None)
+    def ends(how):
+        def snakemake(*of):
+            if isinstance(how, int): return how
+            raise how
+        said.clear()
+        monkeypatch.setattr(batch, '_snakemake', snakemake)
+        return batch.bring_up(runs, ['4'], 1, tmp_path, tmp_path/'data', 2, warm=warm)
+    for status in (0, 1):
+        ends(status)
+        assert said == ['start'], 'the report is a copy, too'
+    ends(-9)
+    assert said == ['start', 'stop']
+    assert ends(batch.TimeIsUp()).late and said == ['start', 'stop']
+    # a cluster's jobs have machines of their own, and what is done needs none
+    batch.bring_up(runs, ['4'], 1, tmp_path, tmp_path/'data', 2, batch.Place(cluster=True), warm=warm)
+    assert 'start' not in said[2:]

@@ -24,7 +24,7 @@ def warm():
     yield warm
     warm.stop()
     assert ADDRESS not in os.environ and not warm.folder.exists()
-    assert os.environ['JUPYTER_PATH'] == before, 'Jupyter would look for kernels in a removed folder'
+    assert os.environ.get('JUPYTER_PATH', '') == before, 'Jupyter would look for kernels in a removed folder'
 
 
 @pytest.fixture
@@ -170,8 +170,7 @@ def test_a_killed_server_leaves_no_copy_behind(program):
     finally:
         warm.process.wait()
         warm.stop()
-        # the other tests have a server of their own
-        if before: os.environ[ADDRESS] = before
+        assert os.environ.get(ADDRESS) == before, 'the other tests have a server of their own'
 
 
 def test_after_an_edit_the_new_code_runs_and_signs(program, tmp_path, monkeypatch):
@@ -188,9 +187,17 @@ def test_after_an_edit_the_new_code_runs_and_signs(program, tmp_path, monkeypatc
     try:
         mark, old, parent = said()
         assert (mark, parent) == ('1', str(warm.process.pid))
+        # an editor's lock is no edit, and no harm
+        (tmp_path/'kit'/'lts_nb'/'.#errors.py').symlink_to('nobody@nowhere.1')
+        assert said()[2] == str(warm.process.pid)
         with open(tmp_path/'kit'/'lts_nb'/'errors.py', 'a') as f: f.write('\nMARK = 2\n')
         mark, new, parent = said()
         assert (mark, parent) == ('2', str(os.getpid())) and new != old
+        # whoever starts again gets a server of the new code
+        first = warm.process.pid
+        monkeypatch.setattr(warm, 'code', None)
+        warm.start(about='of a test')
+        assert warm.process.pid != first and said() == ['2', new, str(warm.process.pid)]
     finally: warm.stop()
 
 
@@ -206,5 +213,25 @@ def test_a_server_that_still_imports_is_ended_at_once(monkeypatch):
 def test_pictures_go_where_the_caller_says(warm, program):
     "Matplotlib reads its backend once, and the server has imported it."
     source = 'import matplotlib\nprint(matplotlib.rcParams["backend"].lower())'
-    assert program(source).communicate()[0] == 'agg\n'
+    assert program(source, MPLBACKEND='').communicate()[0] == 'agg\n'
     assert program(source, MPLBACKEND='svg').communicate()[0] == 'svg\n'
+
+
+def test_a_caller_whose_server_ends_before_it_answers_starts_by_itself(program, tmp_path):
+    import socket
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path/'socket'))
+        listener.listen(1)
+        process = program('import os\nprint(os.getppid())', **{ADDRESS: str(tmp_path/'socket')})
+        listener.accept()[0].close()
+    assert process.communicate(timeout=60)[0].split() == [str(os.getpid())]
+
+
+def test_where_no_server_can_listen_runs_start_cold(monkeypatch, tmp_path):
+    "The name of a socket has at most 107 bytes."
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path/('x'*110)))
+    (tmp_path/('x'*110)).mkdir()
+    before = os.environ.get(ADDRESS)
+    with Warm() as warm:
+        warm.start(about='of a test')
+        assert warm.process is None and os.environ.get(ADDRESS) == before and not list((tmp_path/('x'*110)).iterdir())

@@ -134,12 +134,13 @@ def known_of_runs(
     preset:str, out, # whose committed report; the report's folder
     column:str,      # of a report's runs.csv
     of_result,       # a result -> the same number
+    of_seeds=median, # the numbers of several seeds -> one
 )->dict:  # {(experiment, dataset): number}
-    "A number of each run of this preset, from here or from the committed report."
+    "A number of each row of this preset, from here or from the committed report."
     known, facts = {}, committed(preset)/'runs.csv'
     if facts.exists():
-        told = pd.read_csv(facts)
-        known = told.groupby(['experiment', 'dataset'])[column].median().to_dict()
+        told = pd.read_csv(facts).dropna(subset=[column])
+        known = told.groupby(['experiment', 'dataset'])[column].agg(of_seeds).to_dict()
     here, elsewhere = {}, {}
     for f in (Path(out)/'runs').glob('*/result.json'):
         r = _result(out, f.parent.name)
@@ -150,7 +151,7 @@ def known_of_runs(
         except (KeyError, TypeError): continue
         into.setdefault(row, []).append(number)
     for numbers in (elsewhere, here):
-        known |= {row: median(several) for row, several in numbers.items()}
+        known |= {row: of_seeds(several) for row, several in numbers.items()}
     return known
 
 def known_seconds(
@@ -476,8 +477,11 @@ def _last_error(notebook, log):
         errors = [o for c in cells for o in c.get('outputs', []) if o.get('output_type') == 'error']
         if errors: return f"{errors[-1]['ename']}: {errors[-1]['evalue']}".split('\n')[0]
     except (OSError, ValueError, KeyError): pass
+    return _last_line(log)
+
+def _last_line(log):
     try: return log.read_text(errors='replace').strip().split('\n')[-1]
-    except (OSError, IndexError): return ''
+    except OSError: return ''
 
 # %% ../../nbs/manual/03_batch.ipynb #d2866c37
 def _things_log(out, plan, run):
@@ -488,13 +492,16 @@ def _things_log(out, plan, run):
 
 def _say_failures(out, failed, shared, plan, begun=0.):
     "Name every run that failed since `begun` and where to look."
-    def told(file): return file.exists() and file.stat().st_mtime >= begun
+    def told(file): return file and file.exists() and file.stat().st_mtime >= begun
     for run in failed:
-        see = out/'runs'/run/'train.ipynb'
-        if not told(see) and (log := _things_log(out, plan, run)): see = log
-        # a run that a cluster refused has none, and one that never began has an old one
-        if not told(see): see = out/'snakemake.log'
-        why = failure_of(out, run) if told(out/'runs'/run/'train.ipynb') else 'it did not begin'
+        notebook, text = (out/'runs'/run/name for name in ('train.ipynb', 'log.txt'))
+        # one that a cluster refused has none of these, and one that never began has old ones
+        places = [f for f in (notebook, _things_log(out, plan, run), text) if told(f)]
+        why = 'it did not begin'
+        if told(notebook): why = failure_of(out, run)
+        # it ended before its notebook was written
+        elif told(text): why = _last_line(text) or 'it ended without a word'
+        see = places[0] if places else out/'snakemake.log'
         print(f'FAILED {run}: {why}\n       see {see}', flush=True)
     if shared: print(f'FAILED before any run: see {shared}', flush=True)
 
@@ -585,6 +592,16 @@ def _written(out, runs):
     files = {r.run: out/'runs'/r.run/'result.json' for r in runs}
     return {run: f.stat().st_mtime_ns for run, f in files.items() if f.exists()}
 
+# %% ../../nbs/manual/03_batch.ipynb #45bb09ba
+def _priority(seconds, order):
+    "{run: a number}; the run with the largest goes first."
+    # long runs, so that no processor waits at the end for one of them
+    priority = {run: round(s or 0) for run, s in seconds.items()}
+    # before them those that were asked for
+    most = max(priority.values(), default=0)
+    for k, run in enumerate(reversed(order or [])): priority[run] = most + 1 + k
+    return priority
+
 # %% ../../nbs/manual/03_batch.ipynb #b2638f1b
 def bring_up(
     runs:list,           # configurations
@@ -600,21 +617,24 @@ def bring_up(
 )->Brought:
     "Bring runs up to date, and say which failed. Ctrl-C loses nothing."
     settled = settled_runs(runs, out, root)
-    # long runs go first, so that no processor waits at the end for one of them
-    priority = {run: round(s or 0) for run, s in run_seconds(runs, out, root).items()}
-    # before them those that were asked for
-    most = max(priority.values(), default=0)
-    for k, run in enumerate(reversed(order or [])): priority[run] = most + 1 + k
     the_plan = make_plan(runs, wanted, seeds, out, root) | place.plan
-    the_plan |= dict(settled=settled, priority=priority)
+    the_plan |= dict(settled=settled, priority=_priority(run_seconds(runs, out, root), order))
     write_text(out/'plan.json', json.dumps(the_plan, indent=1, sort_keys=True))
     todo = [r.run for r in runs if r.run not in settled]
+    if not todo:
+        write_text(out/'failed.json', '[]')
+        return Brought(the_plan, [], None, False)
     # a cluster's jobs have machines of their own
-    if warm and todo and not place.cluster: warm.start(the_plan['threads'], str(out))
+    if warm and not place.cluster:
+        warm.start(the_plan['threads'], str(out), out/'warm.log')
     cores = cores or place.cores or os.cpu_count() or 1
     before, begun = _written(out, runs), time.time()
-    try: _snakemake(out, the_plan, runs, cores, place, until)
+    ended = False
+    try: ended = _snakemake(out, the_plan, runs, cores, place, until) >= 0
     except TimeIsUp: return Brought(the_plan, [], None, True)
+    finally:
+        # what outlived Snakemake must not go on beside the report
+        if warm and not ended: warm.stop()
     # a stale run keeps its old result until its job begins, so a file that is there proves nothing
     after = _written(out, runs)
     failed = [run for run in todo if after.get(run) == before.get(run)]
@@ -678,8 +698,9 @@ def make_report(
     out, stamp = Path(out), Path(out)/'report.json'
     key = _report_key(plan, out, failed)
     if (out/'index.html').exists() and _read_json(stamp) == key: return ''
-    command = [sys.executable, '-m', 'lts_nb.manual.warm', 'papermill', str(KIT/'nbs'/'runs'/'report.ipynb'),
-               str(out/'report.ipynb'), '--cwd', str(KIT/'nbs'/'runs'), '-k', 'python3',
+    command = [sys.executable, '-m', 'lts_nb.manual.warm', 'papermill',
+               str(KIT/'nbs'/'runs'/'report.ipynb'), str(out/'report.ipynb'),
+               '--cwd', str(KIT/'nbs'/'runs'), '-k', 'python3',
                '--no-progress-bar', '-p', 'out', str(out), '-p', 'preset', plan['preset'], '-y',
                json.dumps(dict(wanted=plan['wanted'], failed=list(failed)))]
     with open(out/'report.log', 'w') as log:
