@@ -61,7 +61,8 @@ NOWHERE = ('--root', '/nonexistent')
 @pytest.mark.parametrize('args, words', [
     (['plan', '--preset', 'cpuu'], ['preset', 'cpu']), (['reproduce', '--preset', 'papr'], ['paper']), (['report', '--preset', 'smok'], ['smoke']),
     (['data', 'make', 'refshapes', '--preset', 'gpuu'], ['gpu']), (['plan', '--table', '9'], ['table', '7']), (['reproduce', '--table', '8'], ['table']), (['reproduce', '--method', 'mcm'], ['mcn']),
-    (['report', '--table', '8'], ['table']), (['data', 'make', 'refshape+'], ['refshapes+']), (['data', 'make', 'refcoco'], ['refcoco', 'refshapes']),
+    (['report', '--table', '8'], ['table']), (['plan', '--table', '5', '--method', 'mcn'], ['no row of these tables', 'table 5: mcn', 'Leave out']),
+    (['reproduce', '--table', '5', '--method', 'mcn'], ['no row of these tables']), (['data', 'make', 'refshape+'], ['refshapes+']), (['data', 'make', 'refcoco'], ['refcoco', 'refshapes']),
     (['data', 'make', 'refshapes', '--preset', 'paper'], ['published data', 'smoke']), (['data', 'check', 'refcocogg', *NOWHERE], ['refcocog']),
     (['data', 'check', 'refshapes', *NOWHERE], ['/nonexistent/refshapes', 'lts data make refshapes']), (['data', 'check', 'refcoco', *NOWHERE], ['lts data fetch refcoco']),
     (['score', 'none.json', '--dataset', 'refshapes', '--split', 'val', *NOWHERE], ['not there']),

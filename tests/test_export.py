@@ -93,6 +93,11 @@ def test_padding_and_what_stands_behind_the_longest_sentence_change_nothing(made
     with pytest.raises(ValueError, match='no word'): export.segment(made.session, np.zeros((9, 9, 3), np.uint8), '?!')
 
 
+def test_another_programs_file_is_a_sentence():
+    stranger = SimpleNamespace(get_modelmeta=lambda: SimpleNamespace(custom_metadata_map={}))
+    with pytest.raises(ValueError, match='not one that `lts export` wrote'): export.segment(stranger, np.zeros((9, 9, 3), np.uint8), 'ball')
+
+
 class Drawn:
     "Stands for a graph: writes a few bytes."
     def save(self, path, external_data): Path(path).write_bytes(b'a graph')

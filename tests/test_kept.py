@@ -499,6 +499,31 @@ def test_planned_looks_come_along(other, tmp_path):
     assert json.loads((tmp_path/'out'/'looks.json').read_text())['most'] == 5
 
 
+def test_recomputing_in_place_keeps_a_plan_that_is_newer_than_the_evidence(other, tmp_path):
+    "Whoever has planned looks cannot undo it: `lts reproduce --until-decided` writes the plan before its first run."
+    report.write_report(tmp_path/'fresh', 'smoke', Cells(('2',)), results=[])
+    for older in (None, 5):
+        (other/'looks.json').unlink(missing_ok=True)
+        if older: (other/'looks.json').write_text('{"looks": [3], "most": 5}')
+        kept.write_evidence(other, 'smoke', Cells(('2',)))
+        for folder in (other, tmp_path/'fresh'): (folder/'looks.json').write_text('{"looks": [3], "most": 13}')
+        kept.report_from(other)
+        assert json.loads((other/'looks.json').read_text())['most'] == 13
+        kept.report_from(other, tmp_path/'fresh')
+        theirs = tmp_path/'fresh'/'looks.json'
+        assert (json.loads(theirs.read_text())['most'] if theirs.exists() else None) == older, "another report's plan is not this one's"
+
+
+def test_a_run_that_names_no_code_is_refused_before_anything_is_changed(other, tmp_path):
+    file = other/'runs'/'lts-refshapes-smoke-s0'/'result.json'
+    told = json.loads(file.read_text())
+    del told['code']
+    file.write_text(json.dumps(told))
+    with pytest.raises(KitError, match='does not say which code made it'):
+        merge.merge_runs([other], tmp_path/'out', 'smoke', 'I know')
+    assert not list((tmp_path/'out').glob('runs/*/result.json'))
+
+
 def test_a_folder_without_runs_is_a_sentence(tmp_path):
     (tmp_path/'empty').mkdir()
     for source in ('empty', 'nowhere'):

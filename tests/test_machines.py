@@ -215,7 +215,7 @@ def test_jobs_of_a_lost_attempt_are_taken_back(fake_slurm, tmp_path, capsys):
     "Those of this folder, and nobody else's."
     mine = machines.job_prefix(tmp_path/'out')
     (fake_slurm/'squeue.says').write_text(f'11 {mine}_a\n12 {machines.job_prefix(tmp_path/"other")}_b\n13 {mine}_c\n14 somebody\n')
-    machines.recall_jobs(tmp_path/'out', patience=0)
+    with pytest.raises(KitError, match='2 of them did not end within 0 seconds.*squeue --me'): machines.recall_jobs(tmp_path/'out', patience=0)
     assert 'scancel 11 13\n' in (fake_slurm/'calls').read_text() and '2 jobs of an earlier attempt' in capsys.readouterr().out
     (fake_slurm/'calls').unlink()
     (fake_slurm/'squeue.says').write_text('14 somebody\n')
@@ -235,6 +235,13 @@ def test_what_a_run_needs_is_learnt_from_runs(tmp_path):
     assert needs[star.run] == dict(mem_mb=3600, minutes=35, seconds=600)
     other = next(r for r in runs if r.experiment == 'lts')
     assert needs[other.run] == dict(mem_mb=3600, minutes=machines.DAY, seconds=0), 'as much memory as the largest known run'
+    # a run that gets too little is killed: of several seeds the largest counts
+    for seed, peak in ((1, 1000.), (2, 9000.)):
+        told = json.loads((folder/'result.json').read_text()) | dict(peak_memory_mb=peak)
+        again = tmp_path/'runs'/f'{star.run[:-1]}{seed}'
+        again.mkdir()
+        (again/'result.json').write_text(json.dumps(told))
+    assert machines.needs_of(runs, tmp_path, tmp_path)[star.run]['mem_mb'] == 12700
 
 
 def test_shared_features_are_paid_for_once(tmp_path):
@@ -249,6 +256,17 @@ def test_shared_features_are_paid_for_once(tmp_path):
     assert len(jobs) == len(runs) and {j.shared for j in jobs} == {f'features of {d} at 416' for d in ('refcoco', 'refcoco+', 'refcocog')}
     assert sum(j.seconds for j in jobs) + sum({j.shared: j.once for j in jobs}.values()) == pytest.approx(sum(seconds.values()))
     assert max(p.ends for p in pack(jobs, 1)) == pytest.approx(sum(seconds.values()))
+
+
+def test_a_family_of_data_sets_pays_once_for_its_pictures(tmp_path, monkeypatch):
+    from lts_nb.evidence.experiments import runs_for
+    from lts_nb.manual import throughput
+    runs = [r for r in runs_for('cpu', ['1'], 1) if r.experiment == 'lts']
+    work = dict(refs=300, images=1000, sentences=dict(val=10, testA=10, testB=10, test=10))
+    monkeypatch.setattr(throughput, 'work_of', lambda dataset, root: work)
+    rates = dict(train=100., score=100., feature_s=.1, image_mb=.1, gflops=dict(lts=(1., 1.)))
+    seconds = throughput.estimate(runs, rates, tmp_path)
+    assert len(runs) == 3 and sum(s > 200 for s in seconds.values()) == 1
 
 
 def test_steps_are_timed_by_their_notebooks(tmp_path):

@@ -207,3 +207,20 @@ def test_a_truncated_image_stops_the_evaluation_by_name(made, tmp_path):
     path.write_bytes(path.read_bytes()[:400])
     with pytest.raises(KitError, match=path.name): evaluate_run(made.lts, tmp_path/'data', 'refshapes', 'val', predictions=tmp_path/'p.json')
     assert not (tmp_path/'p.json').exists()
+
+
+def test_the_detections_are_never_written_over(made, tmp_path):
+    mine = tmp_path/'mine.json'
+    mine.write_text('[]')
+    (tmp_path/'d').mkdir()
+    with pytest.raises(KitError, match='written over the detections'):
+        evaluate_run(made.lts, made.root, 'refshapes', 'val', predictions=tmp_path/'d'/'..'/'mine.json', detections=mine)
+    assert mine.read_text() == '[]'
+
+
+def test_a_run_that_was_merged_without_its_weights_is_not_to_be_deleted(copy):
+    "Its sentences are another machine's hours."
+    (copy/'vocab.json').unlink()
+    with pytest.raises(KitError, match="Delete the run's folder"): load_run(copy)
+    (copy/'merged.json').write_text('{}')
+    with pytest.raises(KitError, match='ask for its folder'): load_run(copy)

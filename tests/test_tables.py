@@ -115,6 +115,10 @@ def test_compare_sees_a_change_and_its_size(made, tmp_path):
     frame.to_csv(other/'results.csv', index=False)
     differs = tables.compare_reports(made, other)
     assert len(differs) == 1 and bool(differs.beyond.iloc[0]) and abs(differs.difference.iloc[0] - 60) < 1e-6
+    for name in ('ref\x1b[2Jshapes', None):
+        frame.loc[hit, 'dataset'] = name
+        frame.to_csv(other/'results.csv', index=False)
+        with pytest.raises(KitError, match='names that cannot be printed'): tables.compare_reports(made, other)
 
 
 def test_an_unreadable_result_is_named(tmp_path):

@@ -380,9 +380,15 @@ def runs_for(
     seeds:int=1,   # how many, from 0
     pretrain:bool=False, # make the backbone here, even where the kit ships one
 )->list:           # configurations, each run once
-    "The runs that tables need, shared rows once."
+    """The runs that tables need, shared rows once.
+    KitError where no row of the tables that are asked for is of the methods."""
     here = preset_of(preset)['datasets']
     frame = rows(wanted)
+    if frame.empty:
+        asked = as_cells(wanted)
+        raise KitError('no row of these tables is of these methods',
+                       ' '.join([f'table {", ".join(asked.tables)}:', *asked.methods]),
+                       'Leave out --table or --method')
     frame = frame[frame.dataset.isin(list(here))]
     frame = frame.assign(experiment=frame.experiment.map(base_of))
     pairs = dict.fromkeys(frame[['experiment', 'dataset']].itertuples(index=False, name=None))

@@ -140,7 +140,8 @@ def _arrow_type(parts):
         return pa.int32() if most < 2**31 else pa.int64()
     if kinds == {'f'} and len({a.dtype for a in arrays}) == 1:
         return pa.from_numpy_dtype(arrays[0].dtype)
-    raise KitError(f'arrays of the kind {sorted(kinds)} cannot be kept')
+    raise KitError(f'arrays of the kind {sorted(kinds)} cannot be kept',
+                   mend='Keep whole numbers, decimal numbers of one precision, or texts')
 
 def _column(parts, sizes):
     "A column from {(data set, split): array, or {row: value}}; empty elsewhere."
@@ -593,8 +594,11 @@ def report_from(
     with tempfile.TemporaryDirectory() as tmp:
         unpack(evidence, tmp)
         looks = Path(tmp)/'looks.json'
-        if looks.exists(): shutil.copyfile(looks, out/looks.name)
-        else: (out/'looks.json').unlink(missing_ok=True)
+        in_place = out.resolve() == evidence.path.parent.resolve()
+        # our own plan may be newer than our evidence; an older report's is not this one's
+        if not (in_place and (out/looks.name).exists()):
+            (out/looks.name).unlink(missing_ok=True)
+            if looks.exists(): shutil.copyfile(looks, out/looks.name)
         results = load_results(tmp, preset)
         asked = Cells(**said['wanted']) if cells is None else cells
         return write_report(out, preset, asked, said['failed'], results)

@@ -138,9 +138,11 @@ def _checked(report, r, source):
     if departs: no(f'its configuration differs: {departs}', same)
     if differs := _made_from(report, r): no(*differs)
     if wrong := _wrong_sentences(report, r): no(wrong, 'It is damaged: get it again')
+    if 'code' not in r:
+        no('it does not say which code made it', 'Ask for the whole folder of the run')
     edited = other_code(r, report.code_of(config))
     if edited and not report.despite:
-        commit = r.get('code', {}).get('commit')
+        commit = r['code'].get('commit')
         no(f'it was made with other code: {", ".join(edited)} (commit {commit})',
            same + '; or, if you know that this cannot change a number, say why: --despite-code '
            "'only a comment was edited'")

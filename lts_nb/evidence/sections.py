@@ -425,7 +425,8 @@ def _searched():
         grid = rates_grid(pd.read_csv(_dev))
         best = best_rates(grid)
     except (ValueError, KeyError, OSError) as e:
-        raise KitError(f'the search for learning rates cannot be read: {e}', _dev) from e
+        raise KitError(f'the search for learning rates cannot be read: {e}', _dev,
+                       'git checkout reports/dev gets it back') from e
     shown = grid.rename(columns='{:g}'.format).rename_axis(columns=None)
     shown['kept'] = [f'{best[method]:g}' for method in grid.index]
     at_edge = best_at_an_end(grid)
@@ -831,7 +832,8 @@ def _read(path, columns):
     except (ValueError, OSError) as e:
         raise KitError(f'the table cannot be read: {e}', path, 'Make it again') from e
     absent = [c for c in columns if c not in frame]
-    if absent: raise KitError(f'the table lacks the columns {", ".join(absent)}', path)
+    if absent:
+        raise KitError(f'the table lacks the columns {", ".join(absent)}', path, 'Make it again')
     return frame
 
 _how_beyond = (

@@ -731,6 +731,10 @@ def _numbers_of(DIR):
     if absent: raise KitError(f'the results lack the columns {", ".join(absent)}', path, again)
     if not pd.api.types.is_numeric_dtype(f['value']):
         raise KitError('the results hold values that are no numbers', path, again)
+    # a stranger's words would go to a terminal, which obeys some of them
+    names = f[_key].to_numpy().ravel()
+    if not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise KitError('the results hold names that cannot be printed', path, again)
     g = f.groupby(_key)['value'].agg(['mean', 'std', 'size'])
     over_seeds = stats.t.ppf(.975, g['size'] - 1) * g['std'] / np.sqrt(g['size'])
     g['half'] = np.fmax(_image_half(DIR, f), over_seeds)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Preset', 'Tables', 'Methods', 'AllCells', 'Seeds', 'Cores', 'Out', 'Root', 'Pretrain', 'Data',
-           'By', 'Measure', 'Show', 'Devices', 'UpTo', 'Profile', 'UntilDecided', 'MaxSeeds', 'Hours', 'From', 'Merge',
-           'DespiteCode', 'RunFolder', 'reproduce', 'plan', 'report', 'compare', 'beyond', 'data_make', 'data_fetch',
-           'data_leakage', 'data_check', 'evaluate', 'score', 'predict', 'export', 'main']
+           'DataSet', 'Split', 'By', 'Measure', 'Show', 'Devices', 'UpTo', 'Profile', 'UntilDecided', 'MaxSeeds',
+           'Hours', 'From', 'Merge', 'DespiteCode', 'RunFolder', 'reproduce', 'plan', 'report', 'compare', 'beyond',
+           'data_make', 'data_fetch', 'data_leakage', 'data_check', 'evaluate', 'score', 'predict', 'export', 'main']
 
 # %% ../../nbs/manual/09_cli.ipynb #aa1ea313
 import errno, json, os, sys
@@ -41,6 +41,8 @@ Pretrain = Annotated[bool, typer.Option(
     '--pretrain', help='Make the backbone anew, even where the kit ships one.')]
 Data = Annotated[Path, typer.Option(
     '--root', help='Folder that holds the data sets, as the REFER release lays them out.')]
+DataSet = Annotated[str, typer.Option(help="The data set's name below --root.")]
+Split = Annotated[str, typer.Option(help='val, testA, testB or test.')]
 By = Annotated[Optional[str], typer.Option(
     help='Partition: unc, umd or google; the usual one where not given.')]
 
@@ -232,7 +234,9 @@ def beyond(
     seeds:Annotated[int, typer.Option(min=2, help='Trainings in each cell of the grid.')]=3,
     claim:Annotated[Optional[list[str]], typer.Option(
         help='A claim by its name; may be given several times. The headline claims.')]=None,
-    cores:Cores=None, out:Out=None, root:Root=None,
+    cores:Cores=None, root:Root=None,
+    out:Annotated[Optional[Path], typer.Option(
+        help="The grid's folder; out/<preset>/beyond in the clone where not given.")]=None,
 ):
     """Show whether the headline claims depend on the backbone or on the data.
     Trains them on other backbones and on further data."""
@@ -281,7 +285,9 @@ def data_fetch(
     """Get data sets, photographs, vectors or weights.
     Verified before they are unpacked; goes on where it stopped."""
     from lts_nb.data.fetch import download_of, fetch
-    if path and len(names) > 1: raise KitError('--from is one file, for one name', path, 'Name one')
+    if path and len(names) > 1:
+        raise KitError('--from is one file, for one name', path,
+                       'Give one name with --from, and call it again for the others')
     for name in names: name == 'glove-50d' or download_of(name)
     for name in names:
         files = fetch(name, root, path, url or (), only_needed)
@@ -329,9 +335,7 @@ def data_check(
 @app.command()
 def evaluate(
     run:Annotated[Path, typer.Option(help="A run's folder: DIR/runs/<run>")],
-    dataset:Annotated[str, typer.Option()],
-    split:Annotated[str, typer.Option()],
-    root:Data, by:By=None,
+    dataset:DataSet, split:Split, root:Data, by:By=None,
     predictions:Annotated[Optional[Path], typer.Option(
         help='Write the masks here as COCO RLE.')]=None,
     detections:Annotated[Optional[Path], typer.Option(
@@ -351,9 +355,7 @@ def evaluate(
 def score(
     file:Annotated[Path, typer.Argument(
         help='Predictions: [{"sent_id": …, "segmentation": {"size": [h, w], "counts": …}}, …]')],
-    dataset:Annotated[str, typer.Option()],
-    split:Annotated[str, typer.Option()],
-    root:Data, by:By=None,
+    dataset:DataSet, split:Split, root:Data, by:By=None,
     as_json:Annotated[bool, typer.Option('--json', help='Print one JSON object.')]=False,
 ):
     "Score a predictions file from any model."
@@ -435,7 +437,7 @@ def main():
         _stop(str(disk_error(e, e.filename or os.getcwd())), 2)
     except SystemExit as e:
         if e.code != 130: raise
-        _stop('interrupted; the same command goes on where it stopped.', 130)
+        _stop('interrupted; nothing that was finished is lost. Run the same command again.', 130)
 
 # %% ../../nbs/manual/09_cli.ipynb #423a65b1
 def _stop(sentence, status):

@@ -375,7 +375,9 @@ def segment(
     **more,           # further inputs, such as LSCM's heads: (1, words) int64
 )->tuple:             # mask (H, W) bool; prior (H, W) in 0 … 1, or None
     "Predict from an ONNX file, with numpy and Pillow. ValueError where something is missing."
-    about = json.loads(session.get_modelmeta().custom_metadata_map['lts'])
+    about = session.get_modelmeta().custom_metadata_map.get('lts')
+    if about is None: raise ValueError('This ONNX file is not one that `lts export` wrote.')
+    about = json.loads(about)
     words = tokenize(expression)[:about['max_len']]
     if not words: raise ValueError('The expression has no word.')
     missing = set(about['inputs']) - {'image', 'tokens'} - set(more)
@@ -406,7 +408,7 @@ _HEAD = '''"""Predict from an ONNX file of the LTS kit, with numpy, pillow and o
     python NAME model.onnx picture.png "the red ball on the left" mask.png
 
 Written by `lts export`; the functions are copies of the kit's own."""
-import json, re, sys
+import json, os, re, sys
 from dataclasses import dataclass
 import numpy as np
 import PIL.Image, PIL.ImageOps
@@ -418,6 +420,8 @@ _TAIL = '''if __name__ == '__main__':
     try: import onnxruntime
     except ImportError: sys.exit('onnxruntime is missing: pip install onnxruntime')
     file, picture, expression, out = sys.argv[1:]
+    if os.path.realpath(out) in map(os.path.realpath, (file, picture)):
+        sys.exit('The mask would be written over a file that is read.')
     try: session = onnxruntime.InferenceSession(file)
     except Exception as e: sys.exit(f'The model cannot be read: {e}')
     try: mask, _ = segment(session, read_pixels(picture), expression)

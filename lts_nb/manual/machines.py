@@ -123,7 +123,7 @@ def known_memory(
 )->dict:  # {(experiment, dataset): MB}
     "How much memory runs of this preset took at most, here or in the committed report."
     from lts_nb.manual.batch import known_of_runs
-    return known_of_runs(preset, out, 'peak_memory_mb', itemgetter('peak_memory_mb'))
+    return known_of_runs(preset, out, 'peak_memory_mb', itemgetter('peak_memory_mb'), max)
 
 # %% ../../nbs/manual/07_machines.ipynb #808e9c8e
 FIRST_GUESS_MB = {True: 32000, False: 4000} # where no run was measured: on a GPU, on a processor
@@ -198,7 +198,8 @@ def jobs_of(
     for r in runs:
         if not seconds[r.run]: continue
         own = again.get(r.run, seconds[r.run])
-        images = f'features of {r.dataset} at {r.data.size}'
+        whose = 'the RefShapes family' if r.data.recipe else r.dataset
+        images = f'features of {whose} at {r.data.size}'
         jobs.append(Job(r.run, own, images if r.run in again else '', seconds[r.run] - own))
     # who is packed first makes what is shared, whichever the estimate had made pay
     once = {}
@@ -312,7 +313,8 @@ def read_profile(
     file = _config_of(Path(folder))
     try: settings = yaml.safe_load(file.read_text())
     except (OSError, ValueError, yaml.YAMLError) as e:
-        raise KitError('the profile cannot be read: ' + str(e).split('\n')[0], file) from e
+        raise KitError('the profile cannot be read: ' + str(e).split('\n')[0], file,
+                       'Mend that line, or copy profiles/slurm again') from e
     if not isinstance(settings, dict) or not isinstance(settings.get('executor'), str):
         raise KitError('the profile names no executor', file, 'Add a line such as executor: slurm')
     return settings
@@ -409,7 +411,12 @@ def recall_jobs(
           'and go on from their checkpoints.', flush=True)
     ask_cluster('scancel', *jobs)
     ends = time.monotonic() + patience
-    while left() and time.monotonic() < ends: time.sleep(1)
+    while stayed := left():
+        if time.monotonic() > ends:
+            raise KitError(f'{len(stayed)} of them did not end within {patience:.0f} seconds, and '
+                           'two jobs must not write one run', 'squeue --me',
+                           'Wait until none of them is listed, then run the same command again')
+        time.sleep(1)
 
 # %% ../../nbs/manual/07_machines.ipynb #1843cc85
 def _on_cluster(profile, out, kit):

@@ -73,17 +73,17 @@ def _load_weights(model, folder):
         raise KitError('the checkpoint cannot be read', path, mend) from e
 
 # %% ../../nbs/manual/04_predict.ipynb #5390aa1b
-def _threshold(result, config):
+def _threshold(result, config, path):
     "The threshold of a run's masks: its method's, or the one that was chosen on val."
     own = method_of(config.method).threshold
     if own is not None: return own
     chosen = result.get('threshold')
     if isinstance(chosen, float) and 0 <= chosen < 1: return chosen
-    raise KitError('the run does not say which threshold was chosen on val', 'result.json',
+    raise KitError('the run does not say which threshold was chosen on val', path,
                    'Run lts reproduce again')
 
 # %% ../../nbs/manual/04_predict.ipynb #8f65aa24
-def _finder(result, config, out, channels, device):
+def _finder(result, config, folder, channels, device):
     "What finds the things of a run that chooses among them; None for other runs."
     if config.head is None or config.head.detections: return None
     from lts_nb.training.candidates import Finder, open_head
@@ -91,9 +91,9 @@ def _finder(result, config, out, channels, device):
     key, theta = told.get('head'), told.get('theta')
     good = isinstance(key, str) and re.fullmatch('[0-9a-f]{12}', key)
     if not good or not isinstance(theta, float) or not 0 <= theta <= 1:
-        raise KitError('the run does not say which head found its things', 'result.json',
+        raise KitError('the run does not say which head found its things', folder/'result.json',
                        'Run lts reproduce again')
-    path = out/'shared'/'things'/f'head-{key}.safetensors'
+    path = folder.parents[1]/'shared'/'things'/f'head-{key}.safetensors'
     # as many categories as the file's weights have
     return Finder(open_head(config.head.head, channels, None, path).to(device), theta,
                   config.data.size)
@@ -111,6 +111,9 @@ def load_run(
     folder = Path(folder or SHIPPED).resolve()
     (result, config), out = _result(folder), folder.parent.parent
     again = "Delete the run's folder and run lts reproduce again"
+    if not (folder/'vocab.json').exists():
+        from lts_nb.evidence.tables import MERGED
+        if (folder/MERGED).exists(): again = "It came without its weights: ask for its folder"
     vocab = Vocab.from_json(_text(folder/'vocab.json', 'the vocabulary of the run', again))
     try:
         weights = shared_backbone(config, out, root or out)
@@ -124,9 +127,11 @@ def load_run(
         _load_weights(model, folder)
         return SimpleNamespace(config=config, method=method_of(config.method), vocab=vocab,
                                model=model.to(device).eval(), backbone=frozen.to(device),
-                               size=config.data.size, threshold=_threshold(result, config),
+                               size=config.data.size,
+                               threshold=_threshold(result, config, folder/'result.json'),
                                stretch=config.data.stretch, result=result, folder=folder,
-                               device=device, finder=_finder(result, config, out, channels, device))
+                               device=device,
+                               finder=_finder(result, config, folder, channels, device))
     except KitError: raise
     except Exception as e:  # what an impossible configuration makes of torch cannot be listed
         said = f'{type(e).__name__}: {str(e)[:200]}'
@@ -262,8 +267,11 @@ def predict_file(
     return files[:len(pictures)]
 
 # %% ../../nbs/manual/04_predict.ipynb #8af98bb5
-def _check_writable(path):
-    "Fail before the work rather than after it."
+def _check_writable(path, read=None):
+    "Fail before the work rather than after it; `read` is a file that must not be written over."
+    if read is not None and Path(path).resolve() == Path(read).resolve():
+        raise KitError('the predictions would be written over the detections', path,
+                       'Give --predictions another name')
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=Path(path).parent).close()
@@ -310,8 +318,8 @@ def evaluate_run(
     refer, run = Refer(root, dataset, by), load_run(folder, root)
     samples = Samples(refer, split, run.vocab, run.config.data.max_len, run.size,
                       stretch=run.stretch, inputs=partial(run.method.inputs, run.config.model))
+    if predictions: _check_writable(predictions, detections)
     source, told = _source(run, refer, split, detections, least, clean)
-    if predictions: _check_writable(predictions)
     masks = []
     def keep(sentence, ref, mask, prior, truth): masks.append((sentence.sent_id, encode_rle(mask)))
     scores = evaluate(run.model, samples, source, run.method, run.config.model, run.device, 16,

@@ -225,7 +225,8 @@ def kmeans_anchors(
 # %% ../../nbs/rivals/14_mcn.ipynb #5202e027
 # of RefCOCO's boxes, in pixels of a side of 416
 OFFICIAL_ANCHORS = (137/416, 256/416), (248/416, 272/416), (386/416, 271/416)
-# `kmeans_anchors` of RefShapes' 17,890 training boxes (cpu preset, seed 0), pixels of a side of 128
+# `kmeans_anchors` of RefShapes' 17,890 training boxes (preset cpu; k-means with seed 0),
+# in pixels of a side of 128
 REFSHAPES_ANCHORS = (26.5/128, 31.2/128), (36.8/128, 41.8/128), (50.7/128, 53.4/128)
 
 # %% ../../nbs/rivals/14_mcn.ipynb #b1665823
