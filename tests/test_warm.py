@@ -235,3 +235,10 @@ def test_where_no_server_can_listen_runs_start_cold(monkeypatch, tmp_path):
     with Warm() as warm:
         warm.start(about='of a test')
         assert warm.process is None and os.environ.get(ADDRESS) == before and not list((tmp_path/('x'*110)).iterdir())
+
+
+def test_a_server_whose_starter_dies_while_it_imports_ends_soon():
+    starts = 'from lts_nb.manual.warm import Warm\nw = Warm()\nw.start()\nprint(w.process.pid, w.folder, flush=True)\nimport os\nos.kill(os.getpid(), 9)'
+    starter = subprocess.run([sys.executable, '-c', starts], text=True, cwd=ROOT, capture_output=True, timeout=60)
+    server, folder = starter.stdout.split()
+    assert gone(int(server)) and not os.path.exists(folder)

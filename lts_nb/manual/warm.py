@@ -11,6 +11,7 @@ import threading, traceback
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
+from select import select
 
 # %% ../../nbs/manual/11_warm.ipynb #49dc3d8a
 # what a run imports; the order is that of the longest chain
@@ -112,8 +113,11 @@ class Server:
         "Import, and read the kit's own code; nothing is computed."
         self.code = _code_of_kit()
         os.environ |= dict(JPY_PARENT_PID=str(os.getpid()), MPLBACKEND=INLINE)
-        for name in READY: import_module(name)
-        if not any(map(os.path.exists, CARDS)): import_module(COMPILER)
+        cards = any(map(os.path.exists, CARDS))
+        for name in (*READY, *([] if cards else [COMPILER])):
+            import_module(name)
+            # whoever started the server may be gone already
+            if select([0], [], [], 0)[0]: self.end(None)
         # every method's module, and the digests of the code: they are kept by their functions
         import_module('lts_nb.training.config').load_methods()
         experiments = import_module('lts_nb.evidence.experiments')
