@@ -89,6 +89,7 @@ def _to_show(text):
     "What a page shows of some HTML: what can do no harm, without the warnings above."
     return _harmless.clean(_deprecated.sub('', text))
 
+# %% ../../nbs/evidence/12_pages.ipynb #8a58abbf
 @cache
 def _exporter():
     "What lays out every notebook; its templates are compiled once."

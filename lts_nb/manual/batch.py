@@ -602,6 +602,18 @@ def _priority(seconds, order):
     for k, run in enumerate(reversed(order or [])): priority[run] = most + 1 + k
     return priority
 
+def _computed(out, plan, runs, cores, place, until, warm):
+    "Compute what is to be done; False where the time was up before."
+    # a cluster's jobs have machines of their own
+    if warm and not place.cluster: warm.start(plan['threads'], str(out), out/'warm.log')
+    ended = False
+    try: ended = _snakemake(out, plan, runs, cores, place, until) >= 0
+    except TimeIsUp: return False
+    finally:
+        # what outlived Snakemake must not go on beside the report
+        if warm and not ended: warm.stop()
+    return True
+
 # %% ../../nbs/manual/03_batch.ipynb #b2638f1b
 def bring_up(
     runs:list,           # configurations
@@ -624,17 +636,10 @@ def bring_up(
     if not todo:
         write_text(out/'failed.json', '[]')
         return Brought(the_plan, [], None, False)
-    # a cluster's jobs have machines of their own
-    if warm and not place.cluster:
-        warm.start(the_plan['threads'], str(out), out/'warm.log')
-    cores = cores or place.cores or os.cpu_count() or 1
     before, begun = _written(out, runs), time.time()
-    ended = False
-    try: ended = _snakemake(out, the_plan, runs, cores, place, until) >= 0
-    except TimeIsUp: return Brought(the_plan, [], None, True)
-    finally:
-        # what outlived Snakemake must not go on beside the report
-        if warm and not ended: warm.stop()
+    cores = cores or place.cores or os.cpu_count() or 1
+    if not _computed(out, the_plan, runs, cores, place, until, warm):
+        return Brought(the_plan, [], None, True)
     # a stale run keeps its old result until its job begins, so a file that is there proves nothing
     after = _written(out, runs)
     failed = [run for run in todo if after.get(run) == before.get(run)]

@@ -397,6 +397,7 @@ def slurm_arguments(
         arguments += ['--slurm-status-command', 'squeue']
     return arguments
 
+# %% ../../nbs/manual/07_machines.ipynb #95cf5694
 def recall_jobs(
     out,                # the report's folder, whose lock we hold
     patience:float=60., # seconds until they must be gone

@@ -72,6 +72,15 @@ def _load_weights(model, folder):
     except Exception as e:  # what a damaged file makes of torch's reader cannot be listed
         raise KitError('the checkpoint cannot be read', path, mend) from e
 
+# %% ../../nbs/manual/04_predict.ipynb #0b312166
+def _words_of(folder):
+    "A run's vocabulary. KitError where it is missing or damaged."
+    mend = "Delete the run's folder and run lts reproduce again"
+    if not (folder/'vocab.json').exists():
+        from lts_nb.evidence.tables import MERGED
+        if (folder/MERGED).exists(): mend = "It came without its weights: ask for its folder"
+    return Vocab.from_json(_text(folder/'vocab.json', 'the vocabulary of the run', mend))
+
 # %% ../../nbs/manual/04_predict.ipynb #5390aa1b
 def _threshold(result, config, path):
     "The threshold of a run's masks: its method's, or the one that was chosen on val."
@@ -110,11 +119,7 @@ def load_run(
     `threshold`, `stretch`, `result`, `folder`, `device`, and `finder` for a method that chooses."""
     folder = Path(folder or SHIPPED).resolve()
     (result, config), out = _result(folder), folder.parent.parent
-    again = "Delete the run's folder and run lts reproduce again"
-    if not (folder/'vocab.json').exists():
-        from lts_nb.evidence.tables import MERGED
-        if (folder/MERGED).exists(): again = "It came without its weights: ask for its folder"
-    vocab = Vocab.from_json(_text(folder/'vocab.json', 'the vocabulary of the run', again))
+    vocab = _words_of(folder)
     try:
         weights = shared_backbone(config, out, root or out)
         if not weights.exists():

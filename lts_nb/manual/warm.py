@@ -193,6 +193,20 @@ def end(self:Server, _):
     if home.name.startswith(PREFIX): shutil.rmtree(home, ignore_errors=True)
     os._exit(0)
 
+# %% ../../nbs/manual/11_warm.ipynb #ee7ffcce
+def _ended(status, pid):
+    "The exit status of a copy, and a sentence where something else has ended it."
+    # the server was killed, and its copies would go on without anybody who waits for them
+    if status is None:
+        _signal(pid, signal.SIGKILL)
+        print('The process that all runs are copies of has ended, and this run with it. Run the '
+              'same command again.', file=sys.stderr)
+        return 1
+    if status == -signal.SIGKILL:
+        print('This run was killed from outside. Perhaps the memory was full: --cores 1 needs '
+              'least.', file=sys.stderr)
+    return status if status >= 0 else 128 - status
+
 # %% ../../nbs/manual/11_warm.ipynb #c8ee1d58
 def call(
     module:str,  # that `python -m` would run
@@ -222,17 +236,7 @@ def call(
     pid = told
     # what came before there was anybody to hand it to
     for number in early: _signal(pid, number)
-    status = _receive(connection)
-    # the server was killed, and its copies would go on without anybody who waits for them
-    if status is None:
-        _signal(pid, signal.SIGKILL)
-        print('The process that all runs are copies of has ended, and this run with it. Run the '
-              'same command again.', file=sys.stderr)
-        return 1
-    if status == -signal.SIGKILL:
-        print('This run was killed from outside. Perhaps the memory was full: --cores 1 needs '
-              'least.', file=sys.stderr)
-    return status if status >= 0 else 128 - status
+    return _ended(_receive(connection), pid)
 
 # %% ../../nbs/manual/11_warm.ipynb #472efa6d
 def _write_kernel(folder):
