@@ -158,7 +158,7 @@ def test_the_disk_refuses_anywhere(lts, monkeypatch, number, word):
 def test_ctrl_c(lts, monkeypatch):
     def interrupt(*args): raise KeyboardInterrupt
     monkeypatch.setattr(batch, 'reproduce', interrupt)
-    assert_sentence(lts('reproduce'), 'the same command goes on', status=130)
+    assert_sentence(lts('reproduce'), 'Run the same command again', status=130)
 
 
 def test_a_mistake_of_ours_is_not_hidden(lts, monkeypatch):

@@ -501,7 +501,7 @@ def test_planned_looks_come_along(other, tmp_path):
 
 def test_recomputing_in_place_keeps_a_plan_that_is_newer_than_the_evidence(other, tmp_path):
     "Whoever has planned looks cannot undo it: `lts reproduce --until-decided` writes the plan before its first run."
-    report.write_report(tmp_path/'fresh', 'smoke', Cells(('2',)), results=[])
+    (tmp_path/'fresh').mkdir()
     for older in (None, 5):
         (other/'looks.json').unlink(missing_ok=True)
         if older: (other/'looks.json').write_text('{"looks": [3], "most": 5}')

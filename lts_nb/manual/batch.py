@@ -6,13 +6,14 @@
 __all__ = ['KIT', 'default_out', 'default_root', 'committed', 'make_plan', 'things_step', 'run_state', 'known_of_runs',
            'known_seconds', 'run_seconds', 'at_a_time', 'failed_runs', 'plan', 'time_left', 'things_stamp',
            'describe_plan', 'describe_run', 'missing_inputs', 'open_folder', 'Place', 'TimeIsUp', 'seconds_left',
-           'failure_of', 'release_features', 'check_inputs', 'Brought', 'settled_runs', 'bring_up', 'reproduce',
-           'make_report', 'say_where']
+           'failure_of', 'release_features', 'check_inputs', 'Brought', 'settled_runs', 'warm_process', 'bring_up',
+           'reproduce', 'make_report', 'say_where']
 
 # %% ../../nbs/manual/03_batch.ipynb #cf6fe094
 import hashlib, json, os, re, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, is_dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Callable, NamedTuple, Optional
@@ -27,7 +28,6 @@ from ..evidence.tables import MERGED, run_took
 from ..evidence.experiments import method_hashes, module_closure, module_hashes
 from ..evidence.experiments import other_code, preset_of, run_modules, runs_for
 from .throughput import Energy, estimate, keep_energy, known_rates
-from .warm import Warm
 from ..training.opening import ensure_data, shared_backbone
 
 # %% ../../nbs/manual/03_batch.ipynb #08757bc3
@@ -602,6 +602,11 @@ def _priority(seconds, order):
     for k, run in enumerate(reversed(order or [])): priority[run] = most + 1 + k
     return priority
 
+def warm_process():
+    """What runs start as copies of: `Warm` of a later lesson, *a warm start*.
+    It starts where there is something to run. Without it runs start cold, and are the same."""
+    return import_module('lts_nb.manual.warm').Warm()
+
 def _computed(out, plan, runs, cores, place, until, warm):
     "Compute what is to be done; False where the time was up before."
     # a cluster's jobs have machines of their own
@@ -625,7 +630,7 @@ def bring_up(
     place:Place=Place(), # where runs are computed
     until:float=None,    # when to stop at the latest, as time.time() counts
     order:list=None,     # names of runs to begin with; None: the longest
-    warm:Warm=None,      # started where something is to be done here; None: runs start cold
+    warm=None,           # from `warm_process`; None: runs start cold
 )->Brought:
     "Bring runs up to date, and say which failed. Ctrl-C loses nothing."
     settled = settled_runs(runs, out, root)
@@ -667,7 +672,7 @@ def reproduce(
     lock = open_folder(out)
     try:
         if place.before: place.before(out)
-        with Warm() as warm:
+        with warm_process() as warm:
             made = bring_up(runs, wanted, seeds, out, root, cores, place, warm=warm)
             said = '' if made.shared else make_report(out, made.plan, made.failed)
     finally: lock.release()

@@ -21,8 +21,7 @@ from ..evidence.looks import LOOKS, looks_of
 from ..evidence.tables import load_results, write_csv
 from .batch import (Place, bring_up, check_inputs, default_out, default_root,
                                  make_report, open_folder, run_seconds, run_state, say_where,
-                                 time_left)
-from .warm import Warm
+                                 time_left, warm_process)
 from ..training.config import BackboneConfig, PretrainConfig
 from ..training.opening import ensure_backbone, ensure_data, shared_backbone
 
@@ -277,7 +276,7 @@ def reproduce_until_decided(
     try:
         if place.before: place.before(out)
         write_text(out/'looks.json', json.dumps(dict(looks=LOOKS, most=most)))
-        with Warm() as warm:
+        with warm_process() as warm:
             look, made, failed = _look_by_look(preset, wanted, most, pretrain, out, root, cores,
                                                place, until, warm)
             said = '' if made.shared else make_report(out, made.plan, failed)
@@ -341,7 +340,7 @@ def beyond(
     out = Path(out or default_out(preset)/'beyond').resolve()
     root = Path(root or default_root(preset)).resolve()
     cells, failed, lock = [(b, d) for b in backbones for d in data], [], open_folder(out)
-    warm = Warm()
+    warm = warm_process()
     try:
         files = {b: backbone_of(preset, b, out, root) for b in backbones}
         for b, d in cells:

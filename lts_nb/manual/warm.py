@@ -223,8 +223,8 @@ def call(
         if pid is None: early.append(number)
         else: _signal(pid, number)
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, hand_on)
-    socket.send_fds(connection, [b'.'], [0, 1, 2])
     with suppress(ConnectionError):
+        socket.send_fds(connection, [b'.'], [0, 1, 2])
         _send(connection, dict(module=module, arguments=arguments, cwd=os.getcwd(),
                                env=dict(os.environ)))
     told = _receive(connection)
