@@ -479,6 +479,6 @@ def test_what_outlived_snakemake_does_not_go_on_beside_the_report(tmp_path, monk
     ends(-9)
     assert said == ['start', 'stop']
     assert ends(batch.TimeIsUp()).late and said == ['start', 'stop']
-    # a cluster's jobs have machines of their own, and what is done needs none
+    # a cluster's jobs have machines of their own
     batch.bring_up(runs, ['4'], 1, tmp_path, tmp_path/'data', 2, batch.Place(cluster=True), warm=warm)
     assert 'start' not in said[2:]

@@ -58,11 +58,18 @@ def _result(folder):
     return result, config
 
 # %% ../../nbs/manual/04_predict.ipynb #2a67e8aa
+def _get_back(folder, file):
+    "How a file of a run is got back, where it is damaged or missing."
+    if not (folder/file).exists():
+        from lts_nb.evidence.tables import MERGED
+        if (folder/MERGED).exists(): return "It came without its weights: ask for its folder"
+    return "Delete the run's folder and run lts reproduce again"
+
 def _load_weights(model, folder):
     "Fill a model from a run's weights, read as data."
     shipped, checkpoint = folder/'model.safetensors', folder/'checkpoint.pt'
     path = shipped if shipped.exists() else checkpoint
-    mend = "Delete the run's folder and run lts reproduce again"
+    mend = _get_back(folder, path.name)
     try:
         model.load_state_dict(load_file(path) if path == shipped
                               else read_checkpoint(path)['model'])
@@ -71,15 +78,6 @@ def _load_weights(model, folder):
         raise KitError('the checkpoint of the run is not there', path, mend) from e
     except Exception as e:  # what a damaged file makes of torch's reader cannot be listed
         raise KitError('the checkpoint cannot be read', path, mend) from e
-
-# %% ../../nbs/manual/04_predict.ipynb #0b312166
-def _words_of(folder):
-    "A run's vocabulary. KitError where it is missing or damaged."
-    mend = "Delete the run's folder and run lts reproduce again"
-    if not (folder/'vocab.json').exists():
-        from lts_nb.evidence.tables import MERGED
-        if (folder/MERGED).exists(): mend = "It came without its weights: ask for its folder"
-    return Vocab.from_json(_text(folder/'vocab.json', 'the vocabulary of the run', mend))
 
 # %% ../../nbs/manual/04_predict.ipynb #5390aa1b
 def _threshold(result, config, path):
@@ -119,7 +117,8 @@ def load_run(
     `threshold`, `stretch`, `result`, `folder`, `device`, and `finder` for a method that chooses."""
     folder = Path(folder or SHIPPED).resolve()
     (result, config), out = _result(folder), folder.parent.parent
-    vocab = _words_of(folder)
+    vocab = Vocab.from_json(_text(folder/'vocab.json', 'the vocabulary of the run',
+                                  _get_back(folder, 'vocab.json')))
     try:
         weights = shared_backbone(config, out, root or out)
         if not weights.exists():

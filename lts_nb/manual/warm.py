@@ -11,7 +11,6 @@ import threading, traceback
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
-from select import select
 
 # %% ../../nbs/manual/11_warm.ipynb #49dc3d8a
 # what a run imports; the order is that of the longest chain
@@ -117,7 +116,7 @@ class Server:
         for name in (*READY, *([] if cards else [COMPILER])):
             import_module(name)
             # whoever started the server may be gone already
-            if select([0], [], [], 0)[0]: self.end(None)
+            if any(key.fd == 0 for key, _ in self.events.select(0)): self.end(None)
         # every method's module, and the digests of the code: they are kept by their functions
         import_module('lts_nb.training.config').load_methods()
         experiments = import_module('lts_nb.evidence.experiments')
